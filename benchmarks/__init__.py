@@ -1,0 +1,1 @@
+"""Benchmarks of `keras_natgrad` against first-order optimizers and kfac-jax."""

@@ -1,0 +1,116 @@
+"""The only module that touches private Keras API.
+
+Every function says what it needs and why no public API gives it; each has a
+test in `tests/test_compat.py`, so that a new Keras release that moves one of
+them fails there and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+
+class CompiledLoss(NamedTuple):
+    """One loss of a compiled model.
+
+    Attributes:
+        path: Keys that lead from the structure of outputs to this output.
+        loss: The `keras.losses.Loss` (or function) that Keras resolved.
+        weight: The loss weight, or `None`.
+        name: Name of the output.
+    """
+
+    path: tuple[Any, ...]
+    loss: Any
+    weight: float | None
+    name: str
+
+
+def flatten_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """Returns all layers inside `model`, nested ones too, each one once.
+
+    `model.layers` lists direct children only, and inner layers of composite
+    layers (attention projections, wrappers) appear in no public list.
+    """
+    seen: dict[int, keras.layers.Layer] = {}
+    for layer in model._flatten_layers(include_self=False, recursive=True):
+        seen.setdefault(id(layer), layer)
+    return list(seen.values())
+
+
+def compiled_losses(model: keras.Model) -> list[CompiledLoss]:
+    """Returns the losses that `compile` resolved, once the loss is built.
+
+    Keras resolves aliases ("mse"), `loss_weights` and the structure of
+    outputs in `CompileLoss` on the first call; nothing public shows the
+    result.
+    """
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is None or not compiled.built:
+        return []
+    return [CompiledLoss(*entry) for entry in compiled._flat_losses]
+
+
+def update_loss_tracker(model: keras.Model, loss: Any, batch: Any) -> None:
+    """Feeds the `loss` metric of `fit`, as the stock `train_step` does."""
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    model._loss_tracker.update_state(loss * replicas, sample_weight=batch)
+
+
+def compute_loss(
+    model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any
+) -> Any:
+    """Returns the total training loss (losses, regularizers, `add_loss`).
+
+    The public `compute_loss` has a `training` argument that overrides in
+    user classes may lack; Keras's own wrapper handles both.
+    """
+    return model._compute_loss(
+        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+    )
+
+
+def call_with_training(model: keras.Model, x: Any) -> Any:
+    """Calls the model in training mode, where it knows the argument."""
+    if model._call_has_training_arg:
+        return model(x, training=True)
+    return model(x)
+
+
+def kernel_variable(layer: keras.layers.Layer) -> Any:
+    """Returns the kernel variable of a layer.
+
+    `layer.kernel` is a merged *value* when LoRA is enabled; `_kernel` is the
+    variable.
+    """
+    return getattr(layer, "_kernel", None) or layer.kernel
+
+
+def is_plain(layer: keras.layers.Layer) -> bool:
+    """Returns whether the layer computes with its own float kernel.
+
+    Quantised layers run `quantized_call`, and LoRA splits the kernel into
+    three variables; neither has the linear map that capture expects.
+    """
+    return not (
+        getattr(layer, "quantization_mode", None)
+        or getattr(layer, "lora_enabled", False)
+    )
+
+
+def is_setting_up(layer: keras.layers.Layer) -> bool:
+    """Returns whether a layer has no variables yet."""
+    return not layer.built
+
+
+def loss_scale_optimizers(optimizer: Any) -> Iterator[Any]:
+    """Yields `optimizer` and every optimizer that it wraps."""
+    if optimizer is None:
+        return
+    yield optimizer
+    yield from loss_scale_optimizers(getattr(optimizer, "inner_optimizer", None))

@@ -1,0 +1,203 @@
+"""The contract of a Fisher block: the approximation for one layer."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import keras
+import tensorflow as tf
+
+# Creates one named, saved optimizer variable: (name, shape, initializer).
+VariableFactory = Callable[[str, tuple[int, ...], str], keras.Variable]
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Canonical shape of a layer's parameters.
+
+    Attributes:
+        rows: Number of input features n, plus one where the layer has a bias
+            (the homogeneous coordinate, last row).
+        columns: Number of output features m.
+    """
+
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """Number of parameters, `rows × columns`."""
+        return self.rows * self.columns
+
+
+class Block(abc.ABC):
+    """Approximates the Fisher information of one layer's parameters.
+
+    The layer is seen in its canonical form only: inputs `ā` of shape
+    `[batch, shared, rows]` (homogeneous coordinate included) and cotangents
+    `g` of shape `[batch, shared, columns]` at its pre-activations. With the
+    loss written as `Σ_i c_i ℓ_i`, the cotangents are `g_i = J_iᵀ √c_i L_i e`,
+    so that the Fisher of the layer is the sum, over the columns `e` and over
+    the batch, of the outer products of `vec(Σ_s ā_s g_sᵀ)`.
+
+    A step feeds a block in three calls. `input_statistics` is evaluated once
+    and `cotangent_statistics` once per column (they are then summed);
+    `accumulate` folds both into running averages that carry their true
+    weight. `refresh` computes what `precondition` needs.
+
+    Subclasses declare their running averages with `add_average` and their
+    caches with `add_cache` in `build`.
+
+    Args:
+        shape: `BlockShape`.
+    """
+
+    #: Name under which the block is chosen and shown in the summary.
+    kind = "block"
+
+    def __init__(self, shape: BlockShape) -> None:
+        self.shape = shape
+        self._averages: list[keras.Variable] = []
+        self._add_variable: VariableFactory | None = None
+
+    # -- State -----------------------------------------------------------
+
+    def build(self, add_variable: VariableFactory) -> None:
+        """Creates the state through `add_variable(name, shape, init)`."""
+        self._add_variable = add_variable
+        self._weight = add_variable("weight", (), "zeros")
+        self.build_state()
+
+    @abc.abstractmethod
+    def build_state(self) -> None:
+        """Declares running averages and caches."""
+
+    def add_average(self, name: str, shape: tuple[int, ...]) -> keras.Variable:
+        """Adds a running average, in the order of the statistics."""
+        variable = self.add_cache(name, shape)
+        self._averages.append(variable)
+        return variable
+
+    def add_cache(self, name: str, shape: tuple[int, ...]) -> keras.Variable:
+        """Adds a variable computed by `refresh`."""
+        assert self._add_variable is not None, "build() has not been called"
+        return self._add_variable(name, shape, "zeros")
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the state."""
+        return self._weight.dtype
+
+    @property
+    def memory(self) -> int:
+        """Number of state elements that the block keeps."""
+        return self.state_size(self.shape)
+
+    @classmethod
+    @abc.abstractmethod
+    def state_size(cls, shape: BlockShape) -> int:
+        """Returns the number of state elements for a layer of `shape`."""
+
+    # -- Statistics ------------------------------------------------------
+
+    @abc.abstractmethod
+    def input_statistics(
+        self, inputs: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """Returns the statistics of the inputs alone.
+
+        Args:
+            inputs: Tensor `[batch, shared, rows]`.
+            weights: Tensor `[batch]`, relative weights of the examples.
+        """
+
+    @abc.abstractmethod
+    def cotangent_statistics(
+        self, inputs: tf.Tensor, cotangents: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """Returns the statistics of one column of the loss factor.
+
+        Args:
+            inputs: Tensor `[batch, shared, rows]`.
+            cotangents: Tensor `[batch, shared, columns]`.
+        """
+
+    def accumulate(
+        self, statistics: Sequence[tf.Tensor], decay: tf.Tensor
+    ) -> None:
+        """Folds statistics into the running averages.
+
+        Average and weight follow `s ← β s + (1 − β) ŝ`, `w ← β w + (1 − β)`;
+        dividing by `w` makes the average unbiased from the first step on.
+
+        Args:
+            statistics: Input statistics followed by cotangent statistics.
+            decay: Scalar β in [0, 1).
+        """
+        decay = tf.cast(decay, self.dtype)
+        for average, new in zip(self._averages, statistics, strict=True):
+            average.assign(
+                decay * average.value
+                + (1 - decay) * tf.cast(new, average.dtype)
+            )
+        self._weight.assign(decay * self._weight.value + (1 - decay))
+
+    def averages(self) -> tuple[tf.Tensor, ...]:
+        """Returns the debiased running averages."""
+        weight = self._weight.value
+        safe = tf.where(weight > 0, weight, tf.ones_like(weight))
+        return tuple(average.value / safe for average in self._averages)
+
+    def is_empty(self) -> tf.Tensor:
+        """Returns a scalar bool: no statistics have been seen yet."""
+        return tf.equal(self._weight.value, 0)
+
+    # -- Curvature -------------------------------------------------------
+
+    @abc.abstractmethod
+    def trace(self) -> tf.Tensor:
+        """Returns the trace of the undamped Fisher block."""
+
+    @abc.abstractmethod
+    def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Recomputes the cached inverse.
+
+        Where a factorisation fails for good, the last good inverse stays.
+
+        Args:
+            damping: Scalar λ, added to the Fisher.
+
+        Returns:
+            Two int32 scalars: raised dampings and failed factorisations.
+        """
+
+    @abc.abstractmethod
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        """Returns `(F + λ I)⁻¹ vec(gradient)`, as a `[rows, columns]` matrix.
+
+        Args:
+            gradient: Tensor `[rows, columns]`.
+        """
+
+    @abc.abstractmethod
+    def operator(self) -> tf.linalg.LinearOperator:
+        """Returns the undamped Fisher block as a linear operator.
+
+        It acts on row-major flattened `[rows, columns]` matrices.
+        """
+
+    def to_dense(self) -> tf.Tensor:
+        """Returns the undamped Fisher block, `[size, size]`."""
+        return self.operator().to_dense()
+
+    def describe(self) -> str:
+        """Returns the approximation in a few words, for the summary."""
+        return self.kind
+
+
+def contract_shared(inputs: tf.Tensor, cotangents: tf.Tensor) -> tf.Tensor:
+    """Returns the per-example gradients `Σ_s ā_s g_sᵀ`, `[batch, n, m]`."""
+    return tf.matmul(inputs, cotangents, transpose_a=True)

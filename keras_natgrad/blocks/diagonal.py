@@ -1,0 +1,72 @@
+"""The diagonal of the Fisher."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from keras_natgrad.blocks.base import Block
+from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.base import contract_shared
+
+
+class DiagonalBlock(Block):
+    """The diagonal of a layer's Fisher, `Σ_n (Σ_s ā_s g_sᵀ)²`.
+
+    Where a layer has one shared position the squares factor, and the
+    diagonal is `(ā²)ᵀ g²` without per-example gradients; otherwise these are
+    formed, `N n m` memory for the time of the update.
+
+    Args:
+        shape: `BlockShape`.
+    """
+
+    kind = "diagonal"
+
+    def build_state(self) -> None:
+        matrix = (self.shape.rows, self.shape.columns)
+        self.add_average("diagonal", matrix)
+        self._inverse = self.add_cache("inverse", matrix)
+
+    @classmethod
+    def state_size(cls, shape: BlockShape) -> int:
+        return 2 * shape.size
+
+    def input_statistics(
+        self, inputs: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        return ()
+
+    def cotangent_statistics(
+        self, inputs: tf.Tensor, cotangents: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        if inputs.shape[1] == 1:
+            return (
+                tf.matmul(
+                    tf.square(inputs[:, 0]),
+                    tf.square(cotangents[:, 0]),
+                    transpose_a=True,
+                ),
+            )
+        gradients = contract_shared(inputs, cotangents)
+        return (tf.reduce_sum(tf.square(gradients), axis=0),)
+
+    def trace(self) -> tf.Tensor:
+        return tf.reduce_sum(self.averages()[0])
+
+    def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        (diagonal,) = self.averages()
+        inverse = tf.math.reciprocal(
+            diagonal + tf.cast(damping, diagonal.dtype)
+        )
+        finite = tf.math.is_finite(tf.reduce_sum(inverse))
+        self._inverse.assign(tf.where(finite, inverse, self._inverse.value))
+        return tf.constant(0, tf.int32), tf.cast(~finite, tf.int32)
+
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        return self._inverse.value * gradient
+
+    def operator(self) -> tf.linalg.LinearOperator:
+        (diagonal,) = self.averages()
+        return tf.linalg.LinearOperatorDiag(
+            tf.reshape(diagonal, [-1]), is_self_adjoint=True
+        )

@@ -1,0 +1,66 @@
+"""The exact Fisher block of a small layer."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from keras_natgrad.blocks.base import Block
+from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.base import contract_shared
+from keras_natgrad.linalg import damped_inverse
+
+
+class FullBlock(Block):
+    """The full Fisher of a layer, `Σ_n vec(Σ_s ā g ᵀ) vec(Σ_s ā gᵀ)ᵀ`.
+
+    Cost: `N (n m)²` for the statistics, `(n m)³` for a refresh, `2 (n m)²`
+    memory; for layers of up to a few hundred parameters.
+
+    Args:
+        shape: `BlockShape`.
+    """
+
+    kind = "full"
+
+    def build_state(self) -> None:
+        square = (self.shape.size, self.shape.size)
+        self.add_average("fisher", square)
+        self._inverse = self.add_cache("inverse", square)
+
+    @classmethod
+    def state_size(cls, shape: BlockShape) -> int:
+        return 2 * shape.size**2
+
+    def input_statistics(
+        self, inputs: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        return ()
+
+    def cotangent_statistics(
+        self, inputs: tf.Tensor, cotangents: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        gradients = tf.reshape(
+            contract_shared(inputs, cotangents), [-1, self.shape.size]
+        )
+        return (tf.matmul(gradients, gradients, transpose_a=True),)
+
+    def trace(self) -> tf.Tensor:
+        return tf.linalg.trace(self.averages()[0])
+
+    def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        result = damped_inverse(self.averages()[0], damping)
+        self._inverse.assign(
+            tf.where(result.succeeded, result.inverse, self._inverse.value)
+        )
+        return result.retries, tf.cast(~result.succeeded, tf.int32)
+
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        flat = tf.reshape(gradient, [-1, 1])
+        return tf.reshape(
+            tf.matmul(self._inverse.value, flat), tf.shape(gradient)
+        )
+
+    def operator(self) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorFullMatrix(
+            self.averages()[0], is_self_adjoint=True
+        )

@@ -1,0 +1,267 @@
+"""Kronecker-factored blocks (K-FAC)."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import tensorflow as tf
+
+from keras_natgrad.blocks.base import Block
+from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.linalg import damped_inverse
+from keras_natgrad.linalg import kronecker_operator
+from keras_natgrad.linalg import trace_norm_ratio
+
+
+class WeightSharing(str, Enum):
+    """How positions that share the weights enter the Kronecker factors.
+
+    `EXPAND` treats every position as an example of its own; it is exact for a
+    deep linear network applied position by position. `REDUCE` sums over the
+    positions first; it is exact where the network averages over them
+    (Eschenhagen et al. 2023).
+    """
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+
+
+class KroneckerBlock(Block):
+    r"""K-FAC: the Fisher of a layer as `A ⊗ G`.
+
+    `A` is the second moment of the homogeneous inputs and `G` that of the
+    cotangents. With weight sharing "expand" over S shared positions
+
+        A = 1/(N S) Σ_n Σ_s ā ā ᵀ,      G = Σ_n Σ_s g gᵀ,
+
+    and with "reduce"
+
+        A = 1/N Σ_n (mean_s ā)(mean_s ā)ᵀ,  G = Σ_n (Σ_s g)(Σ_s g)ᵀ
+
+    (the cotangents carry the 1/N). Damping is factored (Martens & Grosse
+    2015, section 6.3): the inverse is `(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with
+    the trace-norm π of `linalg.trace_norm_ratio`.
+
+    A factor larger than `max_factor_size` is kept as its diagonal, so that
+    no layer can ask for a 25 000² inverse. With `sides` only the input or
+    only the output factor is used, the other one being a multiple of the
+    identity with the same trace (one-sided K-FAC).
+
+    Cost per layer: `N S (n² + m²)` for the statistics, `n³ + m³` for a
+    refresh, `n m (n + m)` to precondition, `2 (n² + m²)` memory.
+
+    Args:
+        shape: `BlockShape`.
+        weight_sharing: `"expand"` or `"reduce"`.
+        max_factor_size: Largest side of a dense factor.
+        sides: `"both"`, `"input"` or `"output"`.
+
+    References:
+        - Martens & Grosse, 2015, arXiv:1503.05671.
+        - Eschenhagen et al., 2023, arXiv:2311.00636.
+    """
+
+    kind = "kronecker"
+
+    def __init__(
+        self,
+        shape: BlockShape,
+        weight_sharing: str | WeightSharing = WeightSharing.EXPAND,
+        max_factor_size: int = 4096,
+        sides: str = "both",
+    ) -> None:
+        super().__init__(shape)
+        self.weight_sharing = WeightSharing(weight_sharing)
+        if sides not in ("both", "input", "output"):
+            raise ValueError(
+                "`sides` must be 'both', 'input' or 'output'. "
+                f"Received: sides={sides!r}"
+            )
+        self._input = _factor(shape.rows, max_factor_size, sides != "output")
+        self._output = _factor(shape.columns, max_factor_size, sides != "input")
+
+    def build_state(self) -> None:
+        for name, factor in (("input", self._input), ("output", self._output)):
+            factor.average = self.add_average(f"{name}_factor", factor.shape)
+        for name, factor in (("input", self._input), ("output", self._output)):
+            factor.inverse = self.add_cache(f"{name}_inverse", factor.shape)
+
+    @classmethod
+    def state_size(cls, shape: BlockShape) -> int:
+        return 2 * (shape.rows**2 + shape.columns**2)
+
+    @property
+    def memory(self) -> int:
+        return 2 * (self._input.elements + self._output.elements)
+
+    def input_statistics(
+        self, inputs: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        weights = weights / tf.reduce_sum(weights)
+        if self.weight_sharing is WeightSharing.REDUCE:
+            inputs = tf.reduce_mean(inputs, axis=1, keepdims=True)
+        shared = tf.cast(tf.shape(inputs)[1], inputs.dtype)
+        scale = tf.sqrt(weights / shared)[:, tf.newaxis, tf.newaxis]
+        return (self._input.second_moment(scale * inputs),)
+
+    def cotangent_statistics(
+        self, inputs: tf.Tensor, cotangents: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        if self.weight_sharing is WeightSharing.REDUCE:
+            cotangents = tf.reduce_sum(cotangents, axis=1, keepdims=True)
+        return (self._output.second_moment(cotangents),)
+
+    def trace(self) -> tf.Tensor:
+        left, right = self.averages()
+        return self._input.trace(left) * self._output.trace(right)
+
+    def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        left, right = self.averages()
+        ratio = trace_norm_ratio(
+            self._input.trace(left) / self._input.size,
+            self._output.trace(right) / self._output.size,
+        )
+        root = tf.sqrt(tf.cast(damping, left.dtype))
+        retries, failures = self._input.refresh(left, ratio * root)
+        more_retries, more_failures = self._output.refresh(right, root / ratio)
+        return retries + more_retries, failures + more_failures
+
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        return self._output.apply_right(self._input.apply_left(gradient))
+
+    def operator(self) -> tf.linalg.LinearOperator:
+        left, right = self.averages()
+        return kronecker_operator(
+            self._input.operator(left), self._output.operator(right)
+        )
+
+    def describe(self) -> str:
+        sides = f"{self._input.describe()} ⊗ {self._output.describe()}"
+        return f"{sides}, {self.weight_sharing.value}"
+
+
+def _factor(size: int, bound: int, used: bool) -> _Factor:
+    if not used:
+        return _ScalarFactor(size)
+    return _DenseFactor(size) if size <= bound else _DiagonalFactor(size)
+
+
+class _Factor:
+    """One side of a Kronecker product: its average and its inverse."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.average = None
+        self.inverse = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def elements(self) -> int:
+        return self.shape[0] ** len(self.shape) if self.shape else 1
+
+    def _store(
+        self, inverse: tf.Tensor, succeeded: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        kept = tf.where(succeeded, inverse, self.inverse.value)
+        self.inverse.assign(kept)
+        return tf.constant(0, tf.int32), tf.cast(~succeeded, tf.int32)
+
+
+class _DenseFactor(_Factor):
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size, self.size)
+
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        flat = tf.reshape(vectors, [-1, self.size])
+        return tf.matmul(flat, flat, transpose_a=True)
+
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        return tf.linalg.trace(average)
+
+    def refresh(
+        self, average: tf.Tensor, damping: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        result = damped_inverse(average, damping)
+        _, failures = self._store(result.inverse, result.succeeded)
+        return result.retries, failures
+
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(self.inverse.value, matrix)
+
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(matrix, self.inverse.value)
+
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorFullMatrix(
+            average, is_self_adjoint=True
+        )
+
+    def describe(self) -> str:
+        return f"{self.size}²"
+
+
+class _DiagonalFactor(_Factor):
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(tf.square(vectors), axis=[0, 1])
+
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(average)
+
+    def refresh(
+        self, average: tf.Tensor, damping: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        inverse = tf.math.reciprocal(average + damping)
+        finite = tf.math.is_finite(tf.reduce_sum(inverse))
+        return self._store(inverse, finite)
+
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        return self.inverse.value[:, tf.newaxis] * matrix
+
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        return matrix * self.inverse.value
+
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorDiag(average, is_self_adjoint=True)
+
+    def describe(self) -> str:
+        return f"diag {self.size}"
+
+
+class _ScalarFactor(_Factor):
+    """A multiple of the identity with the trace of the true factor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(tf.square(vectors)) / self.size
+
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        return self.size * average
+
+    def refresh(
+        self, average: tf.Tensor, damping: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        inverse = tf.math.reciprocal(average + damping)
+        return self._store(inverse, tf.math.is_finite(inverse))
+
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        return self.inverse.value * matrix
+
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        return matrix * self.inverse.value
+
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorScaledIdentity(self.size, average)
+
+    def describe(self) -> str:
+        return f"scalar {self.size}"

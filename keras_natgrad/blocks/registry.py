@@ -1,0 +1,86 @@
+"""Block names: what `blocks=` and `approximation=` accept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras_natgrad.blocks.base import Block
+from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.diagonal import DiagonalBlock
+from keras_natgrad.blocks.full import FullBlock
+from keras_natgrad.blocks.kronecker import KroneckerBlock
+
+_BLOCKS: dict[str, type[Block]] = {
+    "kronecker": KroneckerBlock,
+    "kfac": KroneckerBlock,
+    "diagonal": DiagonalBlock,
+    "full": FullBlock,
+}
+
+
+def register_block(name: str) -> Any:
+    """Decorator that makes a `Block` subclass available under `name`.
+
+    Args:
+        name: Name to write in `blocks=` or `approximation=`.
+
+    Returns:
+        The class decorator.
+
+    Raises:
+        ValueError: If the name is taken or the class is not a `Block`.
+
+    Example:
+
+    ```python
+    @keras_natgrad.register_block("identity")
+    class IdentityBlock(keras_natgrad.blocks.Block):
+        ...
+    ```
+    """
+
+    def decorate(block_class: type[Block]) -> type[Block]:
+        if not (
+            isinstance(block_class, type) and issubclass(block_class, Block)
+        ):
+            raise ValueError(
+                "`register_block` decorates a subclass of "
+                f"keras_natgrad.blocks.Block. Received: {block_class!r}"
+            )
+        if _BLOCKS.get(name, block_class) is not block_class:
+            raise ValueError(
+                f"The block name {name!r} is taken by {_BLOCKS[name]}. "
+                "Choose another name."
+            )
+        _BLOCKS[name] = block_class
+        return block_class
+
+    return decorate
+
+
+def check_kind(kind: str) -> str:
+    """Returns `kind` if it is a registered name, else raises ValueError."""
+    if kind not in _BLOCKS:
+        raise ValueError(
+            f"Unknown block. Expected one of {sorted(_BLOCKS)}. "
+            f"Received: {kind!r}"
+        )
+    return kind
+
+
+def create(kind: str, shape: BlockShape, **options: Any) -> Block:
+    """Creates a block by name.
+
+    Args:
+        kind: A registered name.
+        shape: `BlockShape`.
+        **options: Keyword arguments that the block takes; those that only
+            Kronecker-factored blocks understand are dropped for the others.
+
+    Returns:
+        An unbuilt `Block`.
+    """
+    block_class = _BLOCKS[check_kind(kind)]
+    if not issubclass(block_class, KroneckerBlock):
+        options = {}
+    return block_class(shape, **options)

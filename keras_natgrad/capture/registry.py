@@ -1,0 +1,99 @@
+"""The registry of layers that capture understands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_natgrad._compat import is_plain
+from keras_natgrad.capture.layout import ParameterLayout
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """What capture needs to know about one built layer.
+
+    The layer must compute `z = canonical(inputs) · W (+ b)` and pass `z` as
+    the argument of `layer.activation` (as all Keras layers with an activation
+    do), or return `z` itself where it has no such attribute.
+
+    Attributes:
+        variables: The layer's variables: (kernel,) or (kernel, bias).
+        layout: `ParameterLayout` of these variables.
+        inputs: Function from the layer's input to `[batch, shared, n]`.
+        cotangents: Function from a tensor shaped like `z` to
+            `[batch, shared, m]`, with the same shared positions.
+    """
+
+    variables: tuple[Any, ...]
+    layout: ParameterLayout
+    inputs: Callable[[tf.Tensor], tf.Tensor]
+    cotangents: Callable[[tf.Tensor], tf.Tensor]
+
+
+Describe = Callable[[Any], "LinearMap | None"]
+
+_LAYERS: dict[type[keras.layers.Layer], Describe] = {}
+
+
+def register_layer(
+    layer_class: type[keras.layers.Layer],
+) -> Callable[[Describe], Describe]:
+    """Decorator that teaches capture a layer class.
+
+    Subclasses of `layer_class` that override `call` are not covered, because
+    their computation is unknown; register them too.
+
+    Args:
+        layer_class: A `keras.layers.Layer` subclass.
+
+    Returns:
+        A decorator for a function that takes a built layer and returns its
+        `LinearMap`, or `None` where this instance is not supported.
+
+    Raises:
+        ValueError: If `layer_class` is not a layer class.
+
+    Example:
+
+    ```python
+    @keras_natgrad.register_layer(MyDense)
+    def describe(layer):
+        n, m = layer.w.shape
+        return keras_natgrad.capture.LinearMap(
+            variables=(layer.w,),
+            layout=ParameterLayout.of_matrix(n, m, bias=False),
+            inputs=lambda x: x[:, tf.newaxis],
+            cotangents=lambda g: g[:, tf.newaxis],
+        )
+    ```
+    """
+    if not (
+        isinstance(layer_class, type)
+        and issubclass(layer_class, keras.layers.Layer)
+    ):
+        raise ValueError(
+            "`register_layer` takes a keras.layers.Layer subclass. "
+            f"Received: {layer_class!r}"
+        )
+
+    def decorate(describe: Describe) -> Describe:
+        _LAYERS[layer_class] = describe
+        return describe
+
+    return decorate
+
+
+def linear_map(layer: keras.layers.Layer) -> LinearMap | None:
+    """Returns the `LinearMap` of a built layer, or `None`."""
+    if not layer.built or not is_plain(layer):
+        return None
+    for layer_class in type(layer).__mro__:
+        if layer_class in _LAYERS:
+            same_call = type(layer).call is layer_class.call
+            return _LAYERS[layer_class](layer) if same_call else None
+    return None

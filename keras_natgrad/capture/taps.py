@@ -1,0 +1,159 @@
+"""Taps on the layers of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_natgrad.capture.registry import LinearMap
+from keras_natgrad.capture.registry import linear_map
+
+
+class LayerRecord:
+    """What one layer did in a forward pass.
+
+    Attributes:
+        spec: The layer's `LinearMap`.
+        inputs: Its raw inputs, one per use of the layer.
+        preactivations: Its pre-activations `z`, one per use.
+    """
+
+    def __init__(self, spec: LinearMap) -> None:
+        self.spec = spec
+        self.inputs: list[tf.Tensor] = []
+        self.preactivations: list[tf.Tensor] = []
+
+    def canonical_inputs(self, dtype: Any) -> tf.Tensor:
+        """Returns `ā`, `[batch, shared, rows]`, homogeneous if biased.
+
+        Several uses of the layer count as more shared positions.
+        """
+        parts = [tf.cast(self.spec.inputs(a), dtype) for a in self.inputs]
+        merged = parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
+        merged = tf.stop_gradient(merged)
+        if self.spec.layout.bias_shape is None:
+            return merged
+        ones = tf.ones_like(merged[..., :1])
+        return tf.concat([merged, ones], axis=-1)
+
+    def canonical_cotangents(
+        self, cotangents: Sequence[tf.Tensor | None], dtype: Any
+    ) -> tf.Tensor:
+        """Returns `g`, `[batch, shared, columns]`, from one per use."""
+        parts = [
+            tf.cast(
+                self.spec.cotangents(tf.zeros_like(z) if g is None else g),
+                dtype,
+            )
+            for g, z in zip(cotangents, self.preactivations, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
+
+    def split_tangents(self, tangents: tf.Tensor) -> list[tf.Tensor]:
+        """Splits `[batch, shared, columns]` into one part per use."""
+        if len(self.preactivations) == 1:
+            return [tangents]
+        sizes = [
+            tf.shape(self.spec.cotangents(z))[1] for z in self.preactivations
+        ]
+        return tf.split(tangents, sizes, axis=1)
+
+
+class Taps:
+    """Context manager that records layers while a model is called.
+
+    For the time of the context each layer gets an instance `call` that notes
+    its input and its pre-activation, the argument of `layer.activation`;
+    leaving the context takes it off again. Nothing is kept on the layer, its
+    class or its config.
+
+    A model that is called inside a graph Keras throws away (while building)
+    leaves tensors of that graph; only records of the current graph are kept.
+
+    Args:
+        layers: The layers to record.
+
+    Example:
+
+    ```python
+    with Taps(layers) as taps:
+        outputs = model(x)
+    taps.records[0].preactivations
+    ```
+    """
+
+    def __init__(self, layers: Sequence[keras.layers.Layer]) -> None:
+        self._layers = list(layers)
+        self.records: list[LayerRecord] = []
+
+    def __enter__(self) -> Taps:
+        self.records = []
+        for layer in self._layers:
+            spec = linear_map(layer)
+            assert spec is not None
+            record = LayerRecord(spec)
+            self.records.append(record)
+            # Bypasses Keras's attribute tracking: this is not state.
+            object.__setattr__(layer, "call", _tapped(layer, record))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for layer in self._layers:
+            object.__delattr__(layer, "call")
+        for record in self.records:
+            _drop_foreign(record)
+
+
+def _tapped(
+    layer: keras.layers.Layer, record: LayerRecord
+) -> Callable[..., Any]:
+    original = layer.call
+
+    def call(inputs: tf.Tensor, *args: Any, **kwargs: Any) -> Any:
+        activation = getattr(layer, "activation", None)
+        if activation is None:
+            outputs = original(inputs, *args, **kwargs)
+            _note(record, inputs, outputs)
+            return outputs
+
+        def tap(preactivation: tf.Tensor) -> tf.Tensor:
+            # The identity gives the pre-activation a tensor of its own: in
+            # eager mode an activation may return its argument.
+            preactivation = tf.identity(preactivation)
+            _note(record, inputs, preactivation)
+            return activation(preactivation)
+
+        object.__setattr__(layer, "activation", tap)
+        try:
+            return original(inputs, *args, **kwargs)
+        finally:
+            object.__setattr__(layer, "activation", activation)
+
+    return call
+
+
+def _note(record: LayerRecord, inputs: Any, preactivation: Any) -> None:
+    if tf.is_tensor(preactivation) and tf.is_tensor(inputs):
+        record.inputs.append(inputs)
+        record.preactivations.append(preactivation)
+
+
+def _drop_foreign(record: LayerRecord) -> None:
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    kept = [
+        (a, z)
+        for a, z in zip(record.inputs, record.preactivations, strict=True)
+        if getattr(z, "graph", None) is graph or tf.executing_eagerly()
+    ]
+    record.inputs = [a for a, _ in kept]
+    record.preactivations = [z for _, z in kept]

@@ -1,0 +1,240 @@
+"""The heads of Keras losses."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from keras_natgrad.heads.base import Head
+from keras_natgrad.heads.bernoulli import Bernoulli
+from keras_natgrad.heads.categorical import Categorical
+from keras_natgrad.heads.loss_weight import LossWeight
+from keras_natgrad.heads.normal import Normal
+
+Converter = Callable[[Any], tuple[Head, LossWeight]]
+
+# What `compile()` wraps loss functions in; Keras does not export it.
+_LossFunctionWrapper = keras.losses.MeanSquaredError.__base__
+
+# Functions with a class of the same meaning and the same arguments.
+_CLASSES: dict[Any, type] = {
+    keras.losses.mean_squared_error: keras.losses.MeanSquaredError,
+    keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
+    keras.losses.categorical_crossentropy: (
+        keras.losses.CategoricalCrossentropy
+    ),
+    keras.losses.sparse_categorical_crossentropy: (
+        keras.losses.SparseCategoricalCrossentropy
+    ),
+}
+
+
+def _mean_squared_error(loss: Any) -> tuple[Head, LossWeight]:
+    # (y - μ)² = -log N(y | μ, ½) + const.
+    return Normal(scale=0.5**0.5), LossWeight(units="mean")
+
+
+def _binary_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
+    return Bernoulli(loss.from_logits), LossWeight(units="mean")
+
+
+def _categorical_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
+    return Categorical(loss.from_logits, sparse=False), LossWeight()
+
+
+def _sparse_categorical_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
+    weight = LossWeight(ignore_class=loss.ignore_class)
+    return Categorical(loss.from_logits, sparse=True), weight
+
+
+# Filled by `register_loss()` only, like the registry of Keras's own objects.
+_CONVERTERS: dict[Any, Converter] = {
+    keras.losses.MeanSquaredError: _mean_squared_error,
+    keras.losses.BinaryCrossentropy: _binary_crossentropy,
+    keras.losses.CategoricalCrossentropy: _categorical_crossentropy,
+    keras.losses.SparseCategoricalCrossentropy: (
+        _sparse_categorical_crossentropy
+    ),
+}
+
+
+def register_loss(
+    loss_class_or_function: Any, converter: Converter
+) -> Converter:
+    """Registers the head of a loss, so that models compiled with it need none.
+
+    Subclasses of a registered class must be registered themselves: they may
+    compute something else.
+
+    Args:
+        loss_class_or_function: A subclass of `keras.losses.Loss`, or a
+            function of `(y_true, y_pred)`.
+        converter: Function that is called with the loss (an instance of the
+            class, or the function) and returns a pair of the `Head` and the
+            `LossWeight`. The reduction of the weight is filled in from the
+            loss. A later registration replaces an earlier one.
+
+    Returns:
+        The converter.
+
+    Raises:
+        ValueError: If the first argument is not a class or a function.
+
+    Example:
+
+    ```python
+    def half_squared_error(y_true, y_pred):
+        return 0.5 * keras.ops.sum((y_true - y_pred) ** 2, axis=-1)
+
+
+    def convert(loss):
+        return heads.Normal(scale=1.0), heads.LossWeight(units="sum")
+
+
+    heads.register_loss(half_squared_error, convert)
+    ```
+    """
+    if not callable(loss_class_or_function) or isinstance(
+        loss_class_or_function, keras.losses.Loss
+    ):
+        raise ValueError(
+            "Register the class or the function of a loss, not an instance or "
+            "a name. Received: loss_class_or_function="
+            f"{loss_class_or_function!r}"
+        )
+    _CONVERTERS[loss_class_or_function] = converter
+    return converter
+
+
+def from_loss(
+    loss: Any, outputs_shape: Sequence[int | None] | None = None
+) -> tuple[Head, LossWeight]:
+    """Finds the head whose negative log-likelihood a Keras loss is.
+
+    The head is that of one unit. Everything else is the weight:
+
+    ```
+    loss(targets, outputs, sample_weight)
+        = Σ_i c_i (-head.log_prob(outputs, targets)_i) + const,
+    c = weight.coefficients(outputs, sample_weight)
+    ```
+
+    | Loss                     | Head                        | Units |
+    |--------------------------|-----------------------------|-------|
+    | mean_squared_error       | `Normal(scale=√½)`          | mean  |
+    | binary_crossentropy      | `Bernoulli(from_logits)`    | mean  |
+    | categorical_crossentropy | `Categorical(from_logits)`  | sum   |
+    | sparse_…_crossentropy    | `Categorical(from_logits)`  | sum   |
+    | `NegativeLogLikelihood`  | its head                    | sum   |
+
+    The targets must have the rank that the head documents. Label smoothing
+    changes the targets, not the head. For losses of probabilities the
+    identity holds where Keras does not clip.
+
+    Args:
+        loss: A Keras loss: a name, function, `functools.partial` of a
+            function, configuration, class or instance.
+        outputs_shape: Optional static shape of the outputs, to check that it
+            fits the head, and to resolve the name `"crossentropy"`.
+
+    Returns:
+        A pair of the `Head` and the `LossWeight`.
+
+    Raises:
+        ValueError: If no head is known for the loss, or if the loss or the
+            outputs have a form that the head does not model.
+
+    Example:
+
+    >>> keras_natgrad.heads.from_loss("mse")[0]
+    Normal(scale=0.7071067811865476)
+
+    References:
+
+    - [Martens, 2020](https://jmlr.org/papers/v21/17-678.html), section 9.
+    """
+    shape = None if outputs_shape is None else tuple(outputs_shape)
+    resolved, reduction = _resolve(loss, shape)
+    converter = _CONVERTERS.get(_key(resolved))
+    if converter is None:
+        raise ValueError(
+            f"No head is known for the loss {_describe(loss)}. Pass "
+            "head=keras_natgrad.heads.<Head>(...) to attach(), or use "
+            "loss=keras_natgrad.losses.NegativeLogLikelihood(head)."
+        )
+    axis = getattr(resolved, "axis", -1)
+    if axis != -1 and (shape is None or axis != len(shape) - 1):
+        raise ValueError(
+            "Only losses over the last axis have a head. Move the classes or "
+            "units to the last axis of the outputs and use axis=-1. Received: "
+            f"loss={_describe(loss)} with axis={axis}, outputs_shape={shape}"
+        )
+    head, weight = converter(resolved)
+    if shape is not None:
+        head.validate(shape)
+    return head, dataclasses.replace(weight, reduction=reduction)
+
+
+def _resolve(
+    loss: Any, shape: tuple[int | None, ...] | None
+) -> tuple[Any, str | None]:
+    """Returns the loss instance or function meant, and its reduction."""
+    if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
+        loss = _crossentropy(shape)
+    if isinstance(loss, (str, dict, type)):
+        try:
+            loss = keras.losses.get(loss)
+        except (ValueError, KeyError):
+            return None, None
+    # What `compile()` does with a function: it sums over the batch size.
+    reduction = getattr(loss, "reduction", "sum_over_batch_size")
+    function, options = loss, {}
+    if type(loss) is _LossFunctionWrapper:
+        function = loss.fn
+        # Keras warns when it makes the configuration of a lambda.
+        if function in _CLASSES or function in _CONVERTERS:
+            options = loss.get_config()
+            for key in ("fn", "name", "reduction"):
+                options.pop(key)
+    while isinstance(function, functools.partial) and not function.args:
+        if function in _CONVERTERS:
+            break
+        options = {**function.keywords, **options}
+        function = function.func
+    if isinstance(function, keras.losses.Loss):
+        return function, reduction
+    if callable(function) and function in _CLASSES:
+        return _CLASSES[function](**options), reduction
+    # A converter would not see the options of any other function.
+    return (None if options else function), reduction
+
+
+def _crossentropy(shape: tuple[int | None, ...] | None) -> Any:
+    """Chooses a loss for `"crossentropy"`, as `compile()` does."""
+    if shape is None:
+        raise ValueError(
+            "The loss 'crossentropy' is binary or categorical depending on the "
+            "shape of the outputs. Pass outputs_shape=..., or name the loss, "
+            "e.g. 'sparse_categorical_crossentropy'. Received: "
+            "outputs_shape=None"
+        )
+    if shape[-1] == 1:
+        return keras.losses.binary_crossentropy
+    # Sparse or not depends on the targets, and makes no difference to `F`.
+    return keras.losses.sparse_categorical_crossentropy
+
+
+def _key(loss: Any) -> Any:
+    """Returns the key of a resolved loss in the registry."""
+    if isinstance(loss, keras.losses.Loss):
+        return type(loss)
+    return loss if callable(loss) else None
+
+
+def _describe(loss: Any) -> str:
+    """Names a loss in an error message."""
+    if isinstance(loss, keras.losses.Loss):
+        return f"{type(loss).__name__}(name={loss.name!r})"
+    return getattr(loss, "__name__", None) or repr(loss)

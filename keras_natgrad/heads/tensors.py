@@ -1,0 +1,81 @@
+"""Tensor functions shared by the heads."""
+
+import numpy as np
+import tensorflow as tf
+
+
+def as_parameters(outputs: tf.Tensor) -> tf.Tensor:
+    """Converts model outputs to the dtype that a head computes in.
+
+    float64 stays float64; half-precision outputs are computed in float32.
+
+    Args:
+        outputs: Floating-point tensor or array.
+
+    Returns:
+        `outputs` as a tensor of dtype float32 or float64.
+    """
+    outputs = tf.convert_to_tensor(outputs)
+    if outputs.dtype in (tf.float16, tf.bfloat16):
+        return tf.cast(outputs, tf.float32)
+    return outputs
+
+
+def cast_like(value: tf.Tensor, parameters: tf.Tensor) -> tf.Tensor:
+    """Converts `value` to a tensor with the dtype of `parameters`."""
+    return tf.cast(tf.convert_to_tensor(value), parameters.dtype)
+
+
+def match_targets(parameters: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """Gives real-valued targets the shape and dtype of the parameters.
+
+    A trailing axis of size one may be missing or superfluous, as in Keras.
+    Nothing else is broadcast: targets of shape `[N]` or `[N, 1]` silently
+    compared with outputs of shape `[N, K]` are the classic regression bug.
+
+    Args:
+        parameters: Tensor of shape `[..., K]`.
+        targets: Tensor of shape `[..., K]`; `[...]` where `K` is one.
+
+    Returns:
+        The targets, with the shape and dtype of `parameters`.
+
+    Raises:
+        ValueError: If the shapes do not match.
+    """
+    targets = cast_like(targets, parameters)
+    rank = parameters.shape.rank
+    aligned = targets
+    if targets.shape.rank == rank - 1 and parameters.shape[-1] == 1:
+        aligned = targets[..., tf.newaxis]
+    elif targets.shape.rank == rank + 1 and targets.shape[-1] == 1:
+        aligned = tf.squeeze(targets, axis=-1)
+    if not aligned.shape.is_compatible_with(parameters.shape):
+        raise ValueError(
+            "The targets must have the shape of the outputs, one target per "
+            "parameter of the last axis. Reshape or repeat the targets to "
+            f"shape {tuple(parameters.shape)}. Received: "
+            f"targets.shape={tuple(targets.shape)}, "
+            f"outputs.shape={tuple(parameters.shape)}"
+        )
+    return aligned
+
+
+def pseudo_inverse_product(matrix: tf.Tensor, vector: tf.Tensor) -> tf.Tensor:
+    """Multiplies vectors by the pseudo-inverse of a semidefinite matrix.
+
+    Args:
+        matrix: Symmetric positive semidefinite tensor of shape `[..., K, K]`.
+        vector: Tensor of shape `[..., K]`.
+
+    Returns:
+        Tensor of shape `[..., K]`.
+    """
+    values, vectors = tf.linalg.eigh(matrix)
+    # The usual rank decision: eigenvalues below K ε λ_max are rounding.
+    epsilon = np.finfo(matrix.dtype.as_numpy_dtype).eps
+    size = tf.cast(tf.shape(matrix)[-1], matrix.dtype)
+    kept = values > values[..., -1:] * size * epsilon
+    inverse = tf.where(kept, 1.0 / tf.where(kept, values, 1.0), 0.0)
+    coordinates = tf.linalg.matvec(vectors, vector, transpose_a=True)
+    return tf.linalg.matvec(vectors, inverse * coordinates)

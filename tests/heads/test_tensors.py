@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_natgrad.heads import tensors
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("float16", "float32"),
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+        ("float64", "float64"),
+    ],
+)
+def test_parameters_have_at_least_single_precision(dtype, expected):
+    parameters = tensors.as_parameters(tf.ones([2, 3], dtype))
+    assert parameters.dtype.name == expected
+    assert tensors.cast_like([1, 2], parameters).dtype.name == expected
+
+
+def test_targets_of_unknown_sizes_are_accepted():
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, 3]),
+            tf.TensorSpec([None, None]),
+        ]
+    )
+    def match(parameters, targets):
+        return tensors.match_targets(parameters, targets)
+
+    np.testing.assert_array_equal(match(tf.zeros([2, 3]), tf.ones([2, 3])), 1.0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3,), (4, 2), (4, 3, 3), ()])
+def test_other_shapes_are_an_error(shape):
+    with pytest.raises(ValueError, match="Reshape or repeat the targets"):
+        tensors.match_targets(tf.zeros([4, 3]), tf.zeros(shape))
+
+
+def test_pseudo_inverse_of_a_singular_matrix():
+    factor = np.random.default_rng(0).normal(size=(2, 5, 3))
+    matrix = factor @ factor.swapaxes(-1, -2)
+    vector = np.random.default_rng(1).normal(size=(2, 5))
+    inverse = np.linalg.pinv(matrix, rcond=1e-12, hermitian=True)
+    np.testing.assert_allclose(
+        tensors.pseudo_inverse_product(tf.constant(matrix), vector),
+        np.einsum("bij,bj->bi", inverse, vector),
+        rtol=1e-10,
+    )
