@@ -8,8 +8,7 @@ them fails there and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -88,7 +87,8 @@ def kernel_variable(layer: keras.layers.Layer) -> Any:
     `layer.kernel` is a merged *value* when LoRA is enabled; `_kernel` is the
     variable.
     """
-    return getattr(layer, "_kernel", None) or layer.kernel
+    kernel = getattr(layer, "_kernel", None)
+    return layer.kernel if kernel is None else kernel
 
 
 def is_plain(layer: keras.layers.Layer) -> bool:
@@ -103,14 +103,34 @@ def is_plain(layer: keras.layers.Layer) -> bool:
     )
 
 
-def is_setting_up(layer: keras.layers.Layer) -> bool:
-    """Returns whether a layer has no variables yet."""
-    return not layer.built
-
-
-def loss_scale_optimizers(optimizer: Any) -> Iterator[Any]:
-    """Yields `optimizer` and every optimizer that it wraps."""
+def wrapped_optimizers(optimizer: Any) -> Iterator[Any]:
+    """Yields an optimizer and every optimizer that it wraps."""
     if optimizer is None:
         return
     yield optimizer
-    yield from loss_scale_optimizers(getattr(optimizer, "inner_optimizer", None))
+    yield from wrapped_optimizers(getattr(optimizer, "inner_optimizer", None))
+
+
+def keras_mask(outputs: Any) -> Any:
+    """Returns the mask that Keras hung on a tensor, or `None`."""
+    return getattr(outputs, "_keras_mask", None)
+
+
+def variable_index(optimizer: keras.optimizers.Optimizer, variable: Any) -> int:
+    """Returns the position of a variable in the optimizer's list."""
+    return optimizer._get_variable_index(variable)
+
+
+def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> list[Any]:
+    """Returns the model variables that an optimizer was built with."""
+    return list(optimizer._trainable_variables)
+
+
+def all_reduce_gradients(
+    optimizer: keras.optimizers.Optimizer, gradients: Any, variables: Any
+) -> list[Any]:
+    """Sums gradients over replicas, as the base class does in its step."""
+    pairs = optimizer._all_reduce_sum_gradients(
+        list(zip(gradients, variables, strict=True))
+    )
+    return [gradient for gradient, _ in pairs]

@@ -1,21 +1,25 @@
 """Fisher approximations for one layer, one per module."""
 
-from keras_natgrad.blocks.base import Block
-from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalBlock
+from keras_natgrad.blocks.fallback import (
+    GradientDiagonalBlock,
+    GradientScalarBlock,
+)
 from keras_natgrad.blocks.full import FullBlock
-from keras_natgrad.blocks.kronecker import KroneckerBlock
-from keras_natgrad.blocks.kronecker import WeightSharing
-from keras_natgrad.blocks.registry import create
-from keras_natgrad.blocks.registry import register_block
+from keras_natgrad.blocks.kronecker import KroneckerBlock, WeightSharing
+from keras_natgrad.blocks.registry import check_kind, create, register_block
 
 __all__ = [
     "Block",
     "BlockShape",
     "DiagonalBlock",
     "FullBlock",
+    "GradientDiagonalBlock",
+    "GradientScalarBlock",
     "KroneckerBlock",
     "WeightSharing",
+    "check_kind",
     "create",
     "register_block",
 ]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from keras_natgrad.blocks.base import Block
-from keras_natgrad.blocks.base import BlockShape
-from keras_natgrad.blocks.base import contract_shared
+from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
 
 
 class DiagonalBlock(Block):

@@ -6,11 +6,12 @@ from enum import Enum
 
 import tensorflow as tf
 
-from keras_natgrad.blocks.base import Block
-from keras_natgrad.blocks.base import BlockShape
-from keras_natgrad.linalg import damped_inverse
-from keras_natgrad.linalg import kronecker_operator
-from keras_natgrad.linalg import trace_norm_ratio
+from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.linalg import (
+    damped_inverse,
+    kronecker_operator,
+    trace_norm_ratio,
+)
 
 
 class WeightSharing(str, Enum):
@@ -196,9 +197,7 @@ class _DenseFactor(_Factor):
         return tf.matmul(matrix, self.inverse.value)
 
     def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
-        return tf.linalg.LinearOperatorFullMatrix(
-            average, is_self_adjoint=True
-        )
+        return tf.linalg.LinearOperatorFullMatrix(average, is_self_adjoint=True)
 
     def describe(self) -> str:
         return f"{self.size}²"

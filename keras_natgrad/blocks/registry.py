@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keras_natgrad.blocks.base import Block
-from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalBlock
 from keras_natgrad.blocks.full import FullBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock

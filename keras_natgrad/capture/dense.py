@@ -7,8 +7,7 @@ import tensorflow as tf
 
 from keras_natgrad._compat import kernel_variable
 from keras_natgrad.capture.layout import ParameterLayout
-from keras_natgrad.capture.registry import LinearMap
-from keras_natgrad.capture.registry import register_layer
+from keras_natgrad.capture.registry import LinearMap, register_layer
 
 
 @register_layer(keras.layers.Dense)

@@ -8,10 +8,8 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad._compat import kernel_variable
-from keras_natgrad.capture.layout import ParameterLayout
-from keras_natgrad.capture.layout import size_of
-from keras_natgrad.capture.registry import LinearMap
-from keras_natgrad.capture.registry import register_layer
+from keras_natgrad.capture.layout import ParameterLayout, size_of
+from keras_natgrad.capture.registry import LinearMap, register_layer
 
 _ELLIPSIS = "..."
 
@@ -42,9 +40,7 @@ class Equation:
     def produced(self) -> str:
         """Labels that the kernel adds, in output order: the m features."""
         return "".join(
-            c
-            for c in self.outputs
-            if c in self.kernel and c not in self.inputs
+            c for c in self.outputs if c in self.kernel and c not in self.inputs
         )
 
     @property

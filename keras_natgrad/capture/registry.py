@@ -88,12 +88,22 @@ def register_layer(
     return decorate
 
 
+def may_support(layer: keras.layers.Layer) -> bool:
+    """Returns whether a layer's class is registered, built or not."""
+    return is_plain(layer) and _find(layer) is not None
+
+
 def linear_map(layer: keras.layers.Layer) -> LinearMap | None:
     """Returns the `LinearMap` of a built layer, or `None`."""
-    if not layer.built or not is_plain(layer):
+    describe = _find(layer)
+    if describe is None or not layer.built or not is_plain(layer):
         return None
+    return describe(layer)
+
+
+def _find(layer: keras.layers.Layer) -> Describe | None:
     for layer_class in type(layer).__mro__:
         if layer_class in _LAYERS:
             same_call = type(layer).call is layer_class.call
-            return _LAYERS[layer_class](layer) if same_call else None
+            return _LAYERS[layer_class] if same_call else None
     return None

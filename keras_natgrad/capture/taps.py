@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_natgrad.capture.registry import LinearMap
-from keras_natgrad.capture.registry import linear_map
+from keras_natgrad.capture.registry import LinearMap, linear_map, may_support
 
 
 class LayerRecord:
     """What one layer did in a forward pass.
 
     Attributes:
-        spec: The layer's `LinearMap`.
+        layer: The layer.
         inputs: Its raw inputs, one per use of the layer.
         preactivations: Its pre-activations `z`, one per use.
     """
 
-    def __init__(self, spec: LinearMap) -> None:
-        self.spec = spec
+    def __init__(self, layer: keras.layers.Layer) -> None:
+        self.layer = layer
         self.inputs: list[tf.Tensor] = []
         self.preactivations: list[tf.Tensor] = []
+
+    @functools.cached_property
+    def spec(self) -> LinearMap:
+        """The layer's `LinearMap`; the layer has been built by now."""
+        spec = linear_map(self.layer)
+        assert spec is not None, self.layer.path
+        return spec
 
     def canonical_inputs(self, dtype: Any) -> tf.Tensor:
         """Returns `ā`, `[batch, shared, rows]`, homogeneous if biased.
 
         Several uses of the layer count as more shared positions.
         """
+        if not self.inputs:  # The layer took no part in this pass.
+            return tf.zeros([1, 1, self.spec.layout.rows], dtype)
         parts = [tf.cast(self.spec.inputs(a), dtype) for a in self.inputs]
         merged = parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
         merged = tf.stop_gradient(merged)
@@ -45,6 +53,8 @@ class LayerRecord:
         self, cotangents: Sequence[tf.Tensor | None], dtype: Any
     ) -> tf.Tensor:
         """Returns `g`, `[batch, shared, columns]`, from one per use."""
+        if not self.preactivations:
+            return tf.zeros([1, 1, self.spec.layout.columns], dtype)
         parts = [
             tf.cast(
                 self.spec.cotangents(tf.zeros_like(z) if g is None else g),
@@ -54,50 +64,44 @@ class LayerRecord:
         ]
         return parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
 
-    def split_tangents(self, tangents: tf.Tensor) -> list[tf.Tensor]:
-        """Splits `[batch, shared, columns]` into one part per use."""
-        if len(self.preactivations) == 1:
-            return [tangents]
-        sizes = [
-            tf.shape(self.spec.cotangents(z))[1] for z in self.preactivations
-        ]
-        return tf.split(tangents, sizes, axis=1)
-
 
 class Taps:
     """Context manager that records layers while a model is called.
 
-    For the time of the context each layer gets an instance `call` that notes
-    its input and its pre-activation, the argument of `layer.activation`;
-    leaving the context takes it off again. Nothing is kept on the layer, its
-    class or its config.
+    For the time of the context each supported layer gets an instance `call`
+    that notes its input and its pre-activation, the argument of
+    `layer.activation`; leaving the context takes it off again. Nothing is
+    kept on the layer, its class or its config.
 
     A model that is called inside a graph Keras throws away (while building)
     leaves tensors of that graph; only records of the current graph are kept.
 
     Args:
-        layers: The layers to record.
+        layers: The layers to record. Those of unsupported classes are left
+            alone; the others may still be unbuilt.
 
     Example:
 
     ```python
     with Taps(layers) as taps:
         outputs = model(x)
-    taps.records[0].preactivations
+    taps.record(layer).preactivations
     ```
     """
 
     def __init__(self, layers: Sequence[keras.layers.Layer]) -> None:
-        self._layers = list(layers)
-        self.records: list[LayerRecord] = []
+        self._layers = [layer for layer in layers if may_support(layer)]
+        self._records: dict[int, LayerRecord] = {}
+
+    def record(self, layer: keras.layers.Layer) -> LayerRecord:
+        """Returns what a layer did."""
+        return self._records[id(layer)]
 
     def __enter__(self) -> Taps:
-        self.records = []
+        self._records = {}
         for layer in self._layers:
-            spec = linear_map(layer)
-            assert spec is not None
-            record = LayerRecord(spec)
-            self.records.append(record)
+            record = LayerRecord(layer)
+            self._records[id(layer)] = record
             # Bypasses Keras's attribute tracking: this is not state.
             object.__setattr__(layer, "call", _tapped(layer, record))
         return self
@@ -110,7 +114,7 @@ class Taps:
     ) -> None:
         for layer in self._layers:
             object.__delattr__(layer, "call")
-        for record in self.records:
+        for record in self._records.values():
             _drop_foreign(record)
 
 
@@ -149,11 +153,16 @@ def _note(record: LayerRecord, inputs: Any, preactivation: Any) -> None:
 
 
 def _drop_foreign(record: LayerRecord) -> None:
-    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    eager = tf.executing_eagerly()
+    graph = None if eager else tf.compat.v1.get_default_graph()
     kept = [
         (a, z)
         for a, z in zip(record.inputs, record.preactivations, strict=True)
-        if getattr(z, "graph", None) is graph or tf.executing_eagerly()
+        if (
+            isinstance(z, tf.__internal__.EagerTensor)
+            if eager
+            else z.graph is graph
+        )
     ]
     record.inputs = [a for a, _ in kept]
     record.preactivations = [z for _, z in kept]

@@ -1,0 +1,28 @@
+"""Natural-gradient optimizers for Keras 3 on TensorFlow."""
+
+from keras_natgrad._backend import require_tensorflow_backend
+
+require_tensorflow_backend()
+
+from keras_natgrad import blocks, callbacks, capture, heads, losses
+from keras_natgrad.blocks import register_block
+from keras_natgrad.capture import CurvatureTape, register_layer
+from keras_natgrad.fisher import fisher
+from keras_natgrad.optimizers import KFAC
+from keras_natgrad.step import LevenbergMarquardt
+from keras_natgrad.version import __version__
+
+__all__ = [
+    "KFAC",
+    "CurvatureTape",
+    "LevenbergMarquardt",
+    "__version__",
+    "blocks",
+    "callbacks",
+    "capture",
+    "fisher",
+    "heads",
+    "losses",
+    "register_block",
+    "register_layer",
+]

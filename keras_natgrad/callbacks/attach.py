@@ -1,0 +1,47 @@
+"""A callback that attaches the compiled optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_natgrad.training.train_step import curvature_optimizer
+
+
+class Attach(keras.callbacks.Callback):
+    """Attaches the compiled optimizer to the model when `fit` starts.
+
+    For code that cannot call `optimizer.attach(model)` itself. It holds only
+    plain settings, so that tuners may copy it.
+
+    Args:
+        head: Passed to `attach`.
+
+    Raises:
+        ValueError: When `fit` starts, if the compiled optimizer is not one
+            of keras_natgrad.
+
+    Example:
+
+    ```python
+    model.compile(keras_natgrad.KFAC(), loss="mse")
+    model.fit(x, y, callbacks=[keras_natgrad.callbacks.Attach()])
+    ```
+    """
+
+    def __init__(self, head: Any = None) -> None:
+        super().__init__()
+        self.head = head
+
+    def set_model(self, model: keras.Model) -> None:
+        """Attaches; called by `fit` before it makes its training function."""
+        super().set_model(model)
+        optimizer = curvature_optimizer(model.optimizer)
+        if optimizer is None:
+            raise ValueError(
+                "`Attach` needs a model compiled with an optimizer of "
+                "keras_natgrad, e.g. keras_natgrad.KFAC(). "
+                f"Received: optimizer={model.optimizer!r}"
+            )
+        optimizer.attach(model, head=self.head)

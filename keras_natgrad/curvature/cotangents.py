@@ -1,0 +1,179 @@
+"""Cotangents at the outputs whose outer products average to the Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from keras_natgrad.heads import Head
+
+#: The ways to estimate the Fisher, by what is sent back through the network.
+FISHER_KINDS = ("exact", "propagated", "sampled", "empirical")
+
+
+@dataclass(frozen=True)
+class OutputTerm:
+    """One output of the network and its part in the loss.
+
+    The training loss is `Σ_terms Σ_positions c · (−log p(y | outputs))`.
+
+    Attributes:
+        outputs: Head parameters η, `[batch, ..., K]`.
+        head: The `Head` that reads them.
+        coefficients: Loss coefficients c, `[batch, ...]`, non-negative.
+        targets: Observed targets, for the empirical Fisher only.
+    """
+
+    outputs: tf.Tensor
+    head: Head
+    coefficients: tf.Tensor
+    targets: tf.Tensor | None = None
+
+    @property
+    def root(self) -> tf.Tensor:
+        """√c with a last axis of one."""
+        return tf.sqrt(self.coefficients)[..., tf.newaxis]
+
+    @property
+    def rank(self) -> int:
+        """Columns of the loss factor L at one position."""
+        return self.head.factor_rank(int(self.outputs.shape[-1]))
+
+    def column_count(self) -> tf.Tensor:
+        """Columns of L for one example: positions times rank."""
+        return _positions(self.outputs) * self.rank
+
+    def cotangent(self, column_values: tf.Tensor) -> tf.Tensor:
+        """Returns `√c L e` for `e` of shape `[batch, ..., rank]`."""
+        parameters = _parameters(self.outputs)
+        product = self.head.fisher_factor_product(parameters, column_values)
+        return tf.stop_gradient(
+            tf.cast(
+                tf.cast(self.root, product.dtype) * product,
+                self.outputs.dtype,
+            )
+        )
+
+    def score(self, targets: tf.Tensor) -> tf.Tensor:
+        """Returns `√c ∂ log p(targets | η) / ∂η`."""
+        parameters = _parameters(self.outputs)
+        score = self.head.score(parameters, targets)
+        return tf.stop_gradient(
+            tf.cast(tf.cast(self.root, score.dtype) * score, self.outputs.dtype)
+        )
+
+    def factor_transpose(self, tangents: tf.Tensor) -> tf.Tensor:
+        """Returns `√c Lᵀ t` for tangents `t = J δ` at the outputs."""
+        parameters = _parameters(self.outputs)
+        product = self.head.fisher_factor_transpose_product(
+            parameters, tf.cast(tangents, parameters.dtype)
+        )
+        return tf.cast(self.root, product.dtype) * product
+
+
+def example_weights(terms: Sequence[OutputTerm]) -> tf.Tensor:
+    """Returns one relative weight per example, `[batch]`.
+
+    The weight of an example is the sum of its loss coefficients: an example
+    without weight must not enter the statistics of the inputs either.
+    """
+    weights = [
+        tf.reduce_sum(
+            tf.reshape(term.coefficients, [tf.shape(term.coefficients)[0], -1]),
+            axis=1,
+        )
+        for term in terms
+    ]
+    return tf.stop_gradient(tf.add_n(weights))
+
+
+def random_cotangents(
+    terms: Sequence[OutputTerm], kind: str, seed: tf.Tensor
+) -> list[tf.Tensor]:
+    """Returns one random cotangent per term, for the one-pass kinds.
+
+    - `"propagated"`: `√c L ε` with independent signs ε, so that the mean of
+      `u uᵀ` over the signs is `c F` (curvature propagation, Martens et al.
+      2012).
+    - `"sampled"`: `√c` times the score at a target drawn from the head.
+    - `"empirical"`: `ε √c` times the score at the observed target, with one
+      sign per position. The sign changes no outer product of one position,
+      and makes sums over positions and examples uncorrelated.
+
+    Args:
+        terms: The network's outputs.
+        kind: One of the three names.
+        seed: int32 `[2]`.
+    """
+    seeds = tf.unstack(tf.random.split(seed, num=len(terms), alg="philox"))
+    cotangents = []
+    for term, term_seed in zip(terms, seeds, strict=True):
+        if kind == "propagated":
+            shape = tf.concat([tf.shape(term.outputs)[:-1], [term.rank]], 0)
+            signs = random_signs(shape, term_seed, term.outputs)
+            cotangents.append(term.cotangent(signs))
+        elif kind == "sampled":
+            targets = term.head.sample(_parameters(term.outputs), term_seed)
+            cotangents.append(term.score(targets))
+        else:
+            shape = tf.concat([tf.shape(term.outputs)[:-1], [1]], 0)
+            signs = random_signs(shape, term_seed, term.outputs)
+            assert term.targets is not None
+            score = term.score(term.targets)
+            cotangents.append(tf.cast(signs, score.dtype) * score)
+    return cotangents
+
+
+def column_cotangents(
+    terms: Sequence[OutputTerm],
+    index: int,
+    column: tf.Tensor,
+    seed: tf.Tensor,
+) -> list[tf.Tensor]:
+    """Returns the cotangents of one column of L, for the exact Fisher.
+
+    Column `column` of term `index` is one unit vector over the positions and
+    the rank of every example, with a random sign per example. The sign
+    changes no outer product of one example, and makes gradients summed over
+    the batch uncorrelated, which the fallback blocks use.
+
+    Args:
+        terms: The network's outputs.
+        index: Which term.
+        column: Scalar int, below `terms[index].column_count()`.
+        seed: int32 `[2]`.
+    """
+    cotangents = [tf.zeros_like(term.outputs) for term in terms]
+    term = terms[index]
+    shape = tf.shape(term.outputs)
+    signs = random_signs(shape[:1], seed, term.outputs)[:, tf.newaxis]
+    unit = tf.one_hot(column, term.column_count(), dtype=signs.dtype)
+    values = tf.reshape(
+        signs * unit, tf.concat([shape[:-1], [term.rank]], axis=0)
+    )
+    cotangents[index] = term.cotangent(values)
+    return cotangents
+
+
+def random_signs(
+    shape: tf.Tensor, seed: tf.Tensor, like: tf.Tensor
+) -> tf.Tensor:
+    """Returns independent ±1, in the dtype that heads compute `like` in."""
+    # The algorithm is named so that a compiled step draws the same signs.
+    bits = tf.random.stateless_uniform(
+        shape, seed=seed, minval=0, maxval=2, dtype=tf.int32, alg="philox"
+    )
+    return tf.cast(2 * bits - 1, _parameters(like).dtype)
+
+
+def _parameters(outputs: tf.Tensor) -> tf.Tensor:
+    """Casts half-precision outputs to float32, as heads compute."""
+    if outputs.dtype in (tf.float16, tf.bfloat16):
+        return tf.cast(outputs, tf.float32)
+    return outputs
+
+
+def _positions(outputs: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_prod(tf.shape(outputs)[1:-1])

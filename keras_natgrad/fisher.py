@@ -1,0 +1,131 @@
+"""The Fisher information of a model, as linear operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_natgrad import heads
+from keras_natgrad._compat import flatten_layers
+from keras_natgrad.capture import Taps, make_plan, match_layers
+from keras_natgrad.curvature import FISHER_KINDS, BlockDiagonal, BlockOptions
+from keras_natgrad.training.terms import mean_terms
+
+
+def fisher(
+    model: keras.Model,
+    x: Any,
+    head: heads.Head,
+    approximation: str = "kronecker",
+    kind: str = "exact",
+    layer: str | None = None,
+    combine: bool = False,
+    weight_sharing: str = "expand",
+    seed: int = 0,
+) -> Any:
+    """Returns the Fisher of a model's layers on a batch of inputs.
+
+    The Fisher is that of the mean negative log-likelihood over the batch,
+    `F = 1/N Σ J_iᵀ F_η,i J_i`; targets do not enter. The model is called once
+    in inference mode, and neither it nor its gradients are changed.
+
+    Args:
+        model: A built `keras.Model`.
+        x: Inputs of one batch.
+        head: The `keras_natgrad.heads.Head` that reads the outputs.
+        approximation: Block name: `"kronecker"` (or `"kfac"`), `"diagonal"`,
+            `"full"`, or a registered one.
+        kind: How the Fisher is estimated: `"exact"`, `"propagated"` or
+            `"sampled"`.
+        layer: Path (or last part of it) of one layer, to return its operator
+            only.
+        combine: Whether to return one block-diagonal operator of all layers,
+            in the order of the dictionary, instead of a dictionary.
+        weight_sharing: `"expand"` or `"reduce"`.
+        seed: Seed of the random kinds.
+
+    Returns:
+        A `tf.linalg.LinearOperator` on the row-major flattened
+        `[n (+1), m]` parameters, or a dictionary of them by layer path.
+        Variables that no captured layer owns have their diagonal, by
+        variable path.
+
+    Raises:
+        ValueError: If a name is unknown or the head does not fit.
+
+    Example:
+
+    ```python
+    operators = keras_natgrad.fisher(model, x, keras_natgrad.heads.Normal())
+    operators["sequential/dense"].to_dense()
+    ```
+    """
+    if kind not in FISHER_KINDS or kind == "empirical":
+        raise ValueError(
+            "`kind` must be 'exact', 'propagated' or 'sampled'; the "
+            "empirical Fisher needs targets. "
+            f"Received: kind={kind!r}"
+        )
+    if not model.built:
+        raise ValueError(
+            f"The model {model.name!r} has no weights yet. Call it once on "
+            "data, or give it an Input, before asking for its Fisher."
+        )
+    variables = model.trainable_variables
+    plan = make_plan(model, variables)
+    curvature = BlockDiagonal(
+        plan,
+        [tuple(variable.shape) for variable in variables],
+        BlockOptions(block=approximation, weight_sharing=weight_sharing),
+    )
+    wide = any(variable.dtype == "float64" for variable in variables)
+    dtype = "float64" if wide else "float32"
+
+    def add_variable(name: str, shape: tuple[int, ...], init: str) -> Any:
+        return keras.Variable(
+            init, shape=shape, dtype=dtype, trainable=False, name=name
+        )
+
+    curvature.build([f"v{i}" for i in range(len(variables))], add_variable)
+    with (
+        Taps(flatten_layers(model)) as taps,
+        tf.GradientTape(persistent=True) as tape,
+    ):
+        outputs = model(x, training=False)
+    statistics = curvature.statistics(
+        tape,
+        mean_terms(outputs, head),
+        [taps.record(each) for each in match_layers(plan, model, variables)],
+        [variable.value for variable in variables],
+        kind,
+        tf.constant([seed, 0], tf.int32),
+    )
+    curvature.accumulate(statistics, tf.constant(0.0, dtype))
+    operators = {}
+    for entry in curvature.entries:
+        path = variables[entry.variables[0]].path
+        name = path if entry.layer is None else entry.layer.path
+        operators[name] = entry.block.operator()
+    if layer is not None:
+        return _select(operators, layer)
+    if combine:
+        return tf.linalg.LinearOperatorBlockDiag(
+            list(operators.values()), is_self_adjoint=True
+        )
+    return operators
+
+
+def _select(operators: dict[str, Any], layer: str) -> Any:
+    found = [
+        path
+        for path in operators
+        if path == layer or path.endswith(f"/{layer}")
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            "`layer` must name one layer. "
+            f"Received: layer={layer!r}, expected one of {list(operators)}"
+        )
+    return operators[found[0]]

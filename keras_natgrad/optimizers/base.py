@@ -1,0 +1,324 @@
+"""What every optimizer of the package shares: a model, a plan, a step."""
+
+from __future__ import annotations
+
+import abc
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_natgrad import _compat
+from keras_natgrad.capture import (
+    CurvatureTape,
+    LayerRecord,
+    Plan,
+    make_plan,
+    match_layers,
+)
+from keras_natgrad.curvature import OutputTerm
+from keras_natgrad.training import install
+from keras_natgrad.training.terms import in_support, mean_terms
+
+_NOT_ATTACHED = (
+    "This {name} optimizer is not attached to a model, so it cannot see the "
+    "layers whose curvature it needs. Write `optimizer.attach(model)` before "
+    "training, or pass `keras_natgrad.callbacks.Attach()` to "
+    "`fit(callbacks=...)`."
+)
+_NO_CURVATURE = (
+    "This {name} optimizer received gradients without curvature. In a custom "
+    "training loop, compute them with `keras_natgrad.CurvatureTape(optimizer)`"
+    " in place of `tf.GradientTape()`."
+)
+
+
+class Observation:
+    """The curvature of one batch, on its way from tape to step.
+
+    It lives from `tape.gradient` to `optimizer.apply`, inside one trace.
+
+    Attributes:
+        tape: The `CurvatureTape`.
+        terms: The network's outputs as `OutputTerm`s.
+        records: One `LayerRecord` per captured layer, in plan order.
+        usable: Scalar bool: all gradients finite, targets in the support.
+    """
+
+    def __init__(
+        self,
+        tape: CurvatureTape,
+        terms: Sequence[OutputTerm],
+        records: Sequence[LayerRecord],
+        usable: tf.Tensor,
+    ) -> None:
+        self.tape = tape
+        self.terms = terms
+        self.records = records
+        self.usable = usable
+
+
+class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
+    """Base class of optimizers that see the layers of their model.
+
+    Subclasses implement `build_curvature`, `observe` and `curvature_step`.
+    """
+
+    def __init__(self, learning_rate: Any, **kwargs: Any) -> None:
+        super().__init__(learning_rate, **kwargs)
+        # Plain attributes, kept from Keras's tracking: the model is not part
+        # of the optimizer's state, and is held weakly.
+        self._hide("_model_reference", None)
+        self._hide("_head", None)
+        self._hide("_plan", None)
+        self._hide("_observation", None)
+        self._hide("_curvature_built", False)
+
+    def _hide(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    # -- Attaching -------------------------------------------------------
+
+    def attach(self, model: keras.Model, head: Any = None) -> Any:
+        """Attaches the optimizer to the model that it trains.
+
+        The model's class, layers and saved file stay as they are; an
+        instance `train_step` is set, unless the class has its own. Attaching
+        again is harmless, and necessary after `keras.models.load_model`.
+
+        Args:
+            model: A `keras.Model`, built or not.
+            head: A `keras_natgrad.heads.Head` that says what distribution
+                the outputs parametrise, or a list or dictionary of heads
+                like the outputs. Needed where the compiled loss does not
+                tell, and in custom training loops.
+
+        Returns:
+            The optimizer itself.
+
+        Raises:
+            ValueError: If `model` is no Keras model, or not the one that the
+                optimizer's state was built for.
+
+        Example:
+
+        ```python
+        optimizer = keras_natgrad.KFAC().attach(model)
+        model.compile(optimizer=optimizer, loss="mse")
+        ```
+        """
+        if not isinstance(model, keras.Model):
+            raise ValueError(
+                "`attach` takes a keras.Model. "
+                f"Received: model={model!r} of type {type(model).__name__}"
+            )
+        if self._curvature_built:
+            match_layers(self._plan, model, _compat.optimizer_variables(self))
+        self._hide("_model_reference", weakref.ref(model))
+        if head is not None:
+            self._hide("_head", head)
+        install(model)
+        if self.built and not self._curvature_built:
+            self._build_curvature(_compat.optimizer_variables(self))
+        return self
+
+    def attached_model(self) -> keras.Model:
+        """Returns the attached model.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        reference = self._model_reference
+        model = None if reference is None else reference()
+        if model is None:
+            raise ValueError(_NOT_ATTACHED.format(name=type(self).__name__))
+        return model
+
+    def attached_head(self) -> Any:
+        """Returns the head given to `attach`, or `None`."""
+        return self._head
+
+    # -- State -----------------------------------------------------------
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Creates the state.
+
+        Where a model is attached, its layers are planned now; otherwise the
+        plan comes from the saved config.
+
+        Args:
+            variables: The trainable variables, `keras.Variable`s.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        super().build(variables)
+        attached = self._model_reference is not None
+        if attached or self._plan is not None:
+            self._build_curvature(variables)
+
+    def _build_curvature(self, variables: list[Any]) -> None:
+        if self._model_reference is not None:
+            self._hide("_plan", make_plan(self.attached_model(), variables))
+            _warn_of_fallbacks(self._plan, variables)
+        self._hide("_curvature_built", True)
+        self.build_curvature(self._plan, variables)
+
+    def add_curvature_variable(
+        self, name: str, shape: tuple[int, ...], initializer: str
+    ) -> Any:
+        """Adds one saved variable of the curvature's dtype."""
+        return self.add_variable(
+            shape=shape,
+            initializer=initializer,
+            dtype=self.curvature_dtype,
+            name=name,
+        )
+
+    @property
+    def curvature_dtype(self) -> str:
+        """float64 where the model is, float32 otherwise."""
+        variables = _compat.optimizer_variables(self)
+        wide = any(v.dtype == "float64" for v in variables)
+        return "float64" if wide else "float32"
+
+    @abc.abstractmethod
+    def build_curvature(self, plan: Plan, variables: list[Any]) -> None:
+        """Creates the curvature's state from the plan and the variables."""
+
+    # -- One step --------------------------------------------------------
+
+    def receive_curvature(
+        self,
+        tape: CurvatureTape,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+    ) -> None:
+        """Takes what a `CurvatureTape` recorded; called by the tape."""
+        if not self.built:
+            self.build(list(variables))
+        model = self.attached_model()
+        own = _compat.optimizer_variables(self)
+        layers = match_layers(self._plan, model, own)
+        terms = tape.terms
+        if terms is None:
+            if self._head is None or tape.model_outputs is None:
+                raise ValueError(
+                    "The tape does not know what distribution the model's "
+                    "outputs parametrise. Write `optimizer.attach(model, "
+                    "head=keras_natgrad.heads.<Head>(...))`, and call the "
+                    "model inside the tape."
+                )
+            terms = mean_terms(tape.model_outputs, self._head)
+        finite = [
+            tf.math.is_finite(tf.reduce_sum(_values(gradient)))
+            for gradient in gradients
+            if gradient is not None
+        ]
+        usable = tf.reduce_all(tf.stack(finite)) & in_support(terms)
+        observation = Observation(
+            tape, terms, [tape.taps.record(layer) for layer in layers], usable
+        )
+        self.observe(observation)
+        self._hide("_observation", observation)
+
+    @abc.abstractmethod
+    def observe(self, observation: Observation) -> None:
+        """Updates the statistics from one batch."""
+
+    @property
+    def needs_objective(self) -> bool:
+        """Whether the step may evaluate the loss again."""
+        return False
+
+    def step_logs(self) -> dict[str, tf.Tensor]:
+        """Returns what `fit` logs beside the metrics."""
+        return {}
+
+    def _backend_update_step(
+        self,
+        grads: Sequence[Any],
+        trainable_variables: Sequence[Any],
+        learning_rate: Any,
+    ) -> None:
+        """Takes the whole gradient list, after clipping and decay."""
+        observation = self._observation
+        self._hide("_observation", None)
+        if observation is None:
+            self.attached_model()
+            raise ValueError(_NO_CURVATURE.format(name=type(self).__name__))
+        grads = _compat.all_reduce_gradients(self, grads, trainable_variables)
+        own = _compat.optimizer_variables(self)
+        aligned = [tf.zeros(v.shape, v.dtype) for v in own]
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            index = _compat.variable_index(self, variable)
+            aligned[index] = tf.convert_to_tensor(gradient)
+
+        def step() -> tf.Tensor:
+            self.curvature_step(observation, aligned, own, learning_rate)
+            return tf.constant(0)
+
+        def skip() -> tf.Tensor:
+            self.count_skipped_step()
+            return tf.constant(0)
+
+        tf.cond(observation.usable, step, skip)
+
+    @abc.abstractmethod
+    def curvature_step(
+        self,
+        observation: Observation,
+        gradients: Sequence[tf.Tensor],
+        variables: Sequence[Any],
+        learning_rate: Any,
+    ) -> None:
+        """Moves the variables."""
+
+    @abc.abstractmethod
+    def count_skipped_step(self) -> None:
+        """Counts a step that was not usable."""
+
+    # -- Saving ----------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments and the plan of the layers."""
+        config = super().get_config()
+        if self._plan is not None:
+            config["plan"] = self._plan.get_config()
+        return config
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> Any:
+        """Recreates the optimizer from `get_config`."""
+        config = dict(config)
+        plan = config.pop("plan", None)
+        optimizer = super().from_config(config, custom_objects=custom_objects)
+        if plan is not None:
+            optimizer._hide("_plan", Plan.from_config(plan))
+        return optimizer
+
+
+def _values(gradient: Any) -> tf.Tensor:
+    if isinstance(gradient, tf.IndexedSlices):
+        return gradient.values
+    return gradient
+
+
+def _warn_of_fallbacks(plan: Plan, variables: Sequence[Any]) -> None:
+    if not plan.fallback:
+        return
+    names = ", ".join(
+        f"{variables[index].path} ({reason})"
+        for index, reason in zip(plan.fallback, plan.reasons, strict=True)
+    )
+    warnings.warn(
+        "These variables have no captured linear map and get the fallback "
+        f"block: {names}. Teach the optimizer their layers with "
+        "`keras_natgrad.register_layer`.",
+        stacklevel=3,
+    )

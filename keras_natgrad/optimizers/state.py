@@ -1,0 +1,90 @@
+"""The scalars of an optimizer: damping, last step, counters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+#: Scalars of the last step, in the order of the saved vector.
+STATISTICS = (
+    "reduction_ratio",
+    "model_change",
+    "learning_rate",
+    "momentum",
+    "gradient_norm",
+    "update_norm",
+)
+
+#: Counters, in the order of the saved vector.
+COUNTERS = (
+    "batches",
+    "curvature_updates",
+    "refreshes",
+    "retries",
+    "failures",
+    "skipped",
+)
+
+
+class StepState:
+    """Saved scalars, packed so that a step writes few variables.
+
+    Args:
+        add_curvature_variable: `VariableFactory` of the curvature's dtype.
+        add_variable: The optimizer's `add_variable`.
+    """
+
+    def __init__(self, add_curvature_variable: Any, add_variable: Any) -> None:
+        self.damping = add_curvature_variable("damping", (), "zeros")
+        self._last = add_curvature_variable(
+            "statistics", (len(STATISTICS),), "zeros"
+        )
+        self._counters = add_variable(
+            shape=(len(COUNTERS),),
+            initializer="zeros",
+            dtype="int32",
+            name="counters",
+        )
+
+    def count(self, name: str) -> tf.Tensor:
+        """Returns one counter, an int32 scalar."""
+        return self._counters.value[COUNTERS.index(name)]
+
+    def increment(self, **amounts: int | tf.Tensor) -> None:
+        """Adds to counters by name."""
+        change = [tf.cast(amounts.get(name, 0), tf.int32) for name in COUNTERS]
+        self._counters.assign(self._counters.value + tf.stack(change))
+
+    def note(self, **values: tf.Tensor) -> None:
+        """Overwrites scalars of the last step by name."""
+        last = tf.unstack(self._last.value)
+        new = [
+            tf.cast(values.get(name, old), self._last.dtype)
+            for name, old in zip(STATISTICS, last, strict=True)
+        ]
+        self._last.assign(tf.stack(new))
+
+    def to_tensors(self) -> dict[str, tf.Tensor]:
+        """Returns everything by name, as float32 scalars."""
+        last = tf.unstack(self._last.value)
+        counters = tf.unstack(self._counters.value)
+        named = {
+            "damping": self.damping.value,
+            **dict(zip(STATISTICS, last, strict=True)),
+            **dict(zip(COUNTERS, counters, strict=True)),
+        }
+        return {
+            name: tf.identity(tf.cast(value, tf.float32))
+            for name, value in named.items()
+        }
+
+    def to_dict(self) -> dict[str, float]:
+        """Returns everything by name, as Python numbers."""
+        last = self._last.numpy().tolist()
+        counters = self._counters.numpy().tolist()
+        return {
+            "damping": float(self.damping.numpy()),
+            **dict(zip(STATISTICS, last, strict=True)),
+            **dict(zip(COUNTERS, counters, strict=True)),
+        }

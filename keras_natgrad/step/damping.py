@@ -1,0 +1,145 @@
+"""Damping: constant, scheduled, or adapted to how good the model is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Adapts the damping to the reduction ratio.
+
+    Every `period` steps the loss is evaluated again on the same batch, and
+
+        ρ = (f(θ + δ) − f(θ)) / M(δ)
+
+    compares the true change with the quadratic model's. With ρ > ¾ the
+    damping is multiplied by `decay`, with ρ < ¼ divided by it (Martens &
+    Grosse 2015, section 6.5).
+
+    Args:
+        initial: Damping of the first step, or `"auto"`: `relative` times
+            the mean eigenvalue of the Fisher on the first batch, which does
+            not depend on the scale of the loss.
+        decay: Factor per adaptation, in (0, 1).
+        period: Steps between adaptations.
+        relative: See `initial`.
+        minimum: Smallest damping, relative to the mean eigenvalue.
+        maximum: Largest damping, relative to the mean eigenvalue.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    initial: float | str = "auto"
+    decay: float = 0.77
+    period: int = 5
+    relative: float = 1.0
+    minimum: float = 1e-6
+    maximum: float = 1e6
+
+    def __post_init__(self) -> None:
+        if self.initial != "auto":
+            check_positive("initial", self.initial)
+        check_positive("relative", self.relative)
+        if not 0 < self.decay < 1:
+            raise ValueError(
+                "`decay` must be between 0 and 1. "
+                f"Received: decay={self.decay!r}"
+            )
+        if self.period < 1:
+            raise ValueError(
+                "`period` must be a positive number of steps. "
+                f"Received: period={self.period!r}"
+            )
+        if not 0 <= self.minimum <= self.maximum:
+            raise ValueError(
+                "`minimum` must lie between 0 and `maximum`. Received: "
+                f"minimum={self.minimum!r}, maximum={self.maximum!r}"
+            )
+
+    def start(self, mean_eigenvalue: tf.Tensor) -> tf.Tensor:
+        """Returns the damping of the first step."""
+        if self.initial == "auto":
+            return self.relative * mean_eigenvalue
+        return tf.constant(self.initial, mean_eigenvalue.dtype)
+
+    def adapt(
+        self, damping: tf.Tensor, ratio: tf.Tensor, mean_eigenvalue: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the damping after seeing a reduction ratio.
+
+        Args:
+            damping: Scalar λ.
+            ratio: Scalar ρ. A ρ that is not finite raises the damping.
+            mean_eigenvalue: Scalar, the scale of the bounds.
+        """
+        decay = tf.cast(self.decay, damping.dtype)
+        good, bad = ratio > 0.75, tf.logical_not(ratio >= 0.25)
+        factor = tf.where(good, decay, tf.where(bad, 1 / decay, 1.0))
+        adapted = tf.clip_by_value(
+            damping * factor,
+            self.minimum * mean_eigenvalue,
+            self.maximum * mean_eigenvalue,
+        )
+        return tf.where(tf.equal(factor, 1.0), damping, adapted)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LevenbergMarquardt:
+        """Recreates the rule from `get_config`."""
+        return cls(**config)
+
+
+Damping = (
+    float | LevenbergMarquardt | keras.optimizers.schedules.LearningRateSchedule
+)
+
+
+def get(identifier: Any) -> Damping:
+    """Returns a damping rule.
+
+    Args:
+        identifier: A non-negative float, a `LearningRateSchedule` of the
+            iteration, a `LevenbergMarquardt`, `"auto"` for the default
+            `LevenbergMarquardt()`, or the config of one of them.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if identifier == "auto":
+        return LevenbergMarquardt()
+    if isinstance(identifier, dict):
+        return get(keras.saving.deserialize_keras_object(identifier))
+    if isinstance(
+        identifier,
+        (LevenbergMarquardt, keras.optimizers.schedules.LearningRateSchedule),
+    ):
+        return identifier
+    if isinstance(identifier, (int, float)) and not isinstance(
+        identifier, bool
+    ):
+        if identifier >= 0:
+            return float(identifier)
+    raise ValueError(
+        "`damping` must be 'auto', a non-negative float, a "
+        "keras.optimizers.schedules.LearningRateSchedule or a "
+        f"keras_natgrad.LevenbergMarquardt. Received: damping={identifier!r}"
+    )
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a positive number."""
+    if isinstance(value, (int, float)) and value > 0:
+        return
+    raise ValueError(
+        f"`{name}` must be a positive number. Received: {name}={value!r}"
+    )

@@ -1,0 +1,52 @@
+"""Arithmetic on directions: one tensor per variable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+Direction = Sequence[tf.Tensor]
+
+
+def dot(left: Direction, right: Direction) -> tf.Tensor:
+    """Returns the inner product of two directions."""
+    return tf.add_n(
+        [tf.reduce_sum(a * b) for a, b in zip(left, right, strict=True)]
+    )
+
+
+def combine(
+    coefficients: tf.Tensor, directions: Sequence[Direction]
+) -> list[tf.Tensor]:
+    """Returns `Σ_k c_k d_k`; extra coefficients are ignored."""
+    return [
+        tf.add_n([coefficients[k] * part for k, part in enumerate(parts)])
+        for parts in zip(*directions, strict=True)
+    ]
+
+
+def pad_pair(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Stacks one or two scalars to `[2]`, a missing one being zero."""
+    padded = [*values, tf.zeros_like(values[0])]
+    return tf.stack(padded[:2])
+
+
+def pad_gram(gram: tf.Tensor) -> tf.Tensor:
+    """Pads a `[1, 1]` Gram matrix with zeros to `[2, 2]`."""
+    missing = 2 - int(gram.shape[0])
+    return tf.pad(gram, [[0, missing], [0, missing]])
+
+
+def l2_curvature(regularizer: Any) -> float:
+    """Returns the curvature of an L2 penalty `c ‖w‖²`, which is `2 c`.
+
+    Other regularizers enter the gradient only.
+    """
+    if isinstance(regularizer, keras.regularizers.L2) or isinstance(
+        regularizer, keras.regularizers.L1L2
+    ):
+        return 2.0 * float(regularizer.l2)
+    return 0.0

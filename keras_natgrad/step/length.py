@@ -1,0 +1,100 @@
+"""Learning rate and momentum, given or from the quadratic model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+# Two directions whose normalised Gram determinant is below this are parallel
+# to rounding, and the second one is left out.
+_PARALLEL = 1e-6
+
+
+@dataclass(frozen=True)
+class StepLength:
+    """How the update `δ = α Δ + μ δ₋₁` gets its two coefficients.
+
+    Attributes:
+        automatic_rate: α from the quadratic model.
+        momentum: μ, or `None` for μ from the quadratic model.
+    """
+
+    automatic_rate: bool
+    momentum: float | None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether any coefficient comes from the quadratic model."""
+        return self.automatic_rate or self.momentum is None
+
+
+def quadratic_coefficients(
+    gram: tf.Tensor,
+    slopes: tf.Tensor,
+    length: StepLength,
+    learning_rate: tf.Tensor,
+) -> tf.Tensor:
+    """Returns (α, μ) that minimise the quadratic model, as far as free.
+
+    The model of the loss change along `c₁ Δ + c₂ δ₋₁` is
+
+        M(c) = bᵀ c + ½ cᵀ Q c,   b = (∇ᵀΔ, ∇ᵀδ₋₁),   Q_ij = δ_iᵀ (F + λI) δ_j
+
+    (Martens & Grosse 2015, section 7). Free coefficients minimise it with
+    the given ones held. A previous update of zero (the first step), or one
+    parallel to Δ, gets no weight of its own.
+
+    Args:
+        gram: Tensor `[2, 2]`, Q.
+        slopes: Tensor `[2]`, b.
+        length: Which coefficients are free.
+        learning_rate: Scalar. The value of α where it is not free.
+
+    Returns:
+        Tensor `[2]`.
+    """
+    rate = tf.cast(learning_rate, gram.dtype)
+    if length.automatic_rate and length.momentum is None:
+        return _both(gram, slopes)
+    if length.automatic_rate:
+        momentum = tf.constant(length.momentum, gram.dtype)
+        rate = -_divide(slopes[0] + gram[0, 1] * momentum, gram[0, 0])
+        return tf.stack([rate, momentum])
+    if length.momentum is None:
+        momentum = -_divide(slopes[1] + gram[0, 1] * rate, gram[1, 1])
+        return tf.stack([rate, momentum])
+    return tf.stack([rate, tf.constant(length.momentum, gram.dtype)])
+
+
+def model_change(
+    gram: tf.Tensor, slopes: tf.Tensor, coefficients: tf.Tensor
+) -> tf.Tensor:
+    """Returns the predicted loss change M(c)."""
+    curvature = tf.linalg.matvec(gram, coefficients)
+    return tf.tensordot(slopes + 0.5 * curvature, coefficients, axes=1)
+
+
+def quadratic_form(gram: tf.Tensor, coefficients: tf.Tensor) -> tf.Tensor:
+    """Returns `cᵀ Q c`."""
+    curvature = tf.linalg.matvec(gram, coefficients)
+    return tf.tensordot(coefficients, curvature, axes=1)
+
+
+def _both(gram: tf.Tensor, slopes: tf.Tensor) -> tf.Tensor:
+    product = gram[0, 0] * gram[1, 1]
+    determinant = product - gram[0, 1] ** 2
+    usable = determinant > _PARALLEL * product
+    rate = -_divide(slopes[0], gram[0, 0])
+    alone = tf.stack([rate, tf.zeros_like(rate)])
+    both = -tf.stack(
+        [
+            gram[1, 1] * slopes[0] - gram[0, 1] * slopes[1],
+            gram[0, 0] * slopes[1] - gram[0, 1] * slopes[0],
+        ]
+    ) / tf.where(usable, determinant, tf.ones_like(determinant))
+    return tf.where(usable, both, alone)
+
+
+def _divide(numerator: tf.Tensor, denominator: tf.Tensor) -> tf.Tensor:
+    return tf.math.divide_no_nan(numerator, denominator)

@@ -1,0 +1,112 @@
+"""Keras's training step with a curvature tape in place of its tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_natgrad import _compat
+from keras_natgrad.capture import CurvatureTape
+from keras_natgrad.training.terms import check_support, compiled_terms
+
+
+def install(model: keras.Model) -> None:
+    """Gives a model the training step of this package.
+
+    The step is an attribute of the instance: class, config and saved file of
+    the model stay as they are. A model whose class has a `train_step` of its
+    own keeps it, and uses `CurvatureTape` there.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    if type(model).train_step is not keras.Model.train_step:
+        return
+    if getattr(model.train_step, "__func__", None) is train_step:
+        return
+    # Bypasses Keras's attribute tracking: this is not state.
+    object.__setattr__(model, "train_step", MethodType(train_step, model))
+    # A training function that Keras made before holds the old step.
+    model.train_function = None
+
+
+def curvature_optimizer(optimizer: Any) -> Any:
+    """Returns the optimizer of this package inside wrappers, or `None`."""
+    for candidate in _compat.wrapped_optimizers(optimizer):
+        if hasattr(candidate, "receive_curvature"):
+            return candidate
+    return None
+
+
+def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
+    """Trains on one batch; a drop-in for `keras.Model.train_step`.
+
+    Where the compiled optimizer is not one of this package, it is Keras's
+    own step.
+
+    Args:
+        model: The model.
+        data: What `fit` passes: x, (x, y) or (x, y, sample_weight).
+
+    Returns:
+        The logs: metrics, and the optimizer's statistics where asked for.
+    """
+    optimizer = curvature_optimizer(model.optimizer)
+    if optimizer is None:
+        return type(model).train_step(model, data)
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    restore = _restorer(model) if optimizer.needs_objective else None
+
+    def total_loss() -> tuple[Any, Any]:
+        y_pred = _compat.call_with_training(model, x)
+        return y_pred, _compat.compute_loss(model, x, y, y_pred, sample_weight)
+
+    def objective() -> tf.Tensor:
+        assert restore is not None
+        return restore(lambda: total_loss()[1])
+
+    with CurvatureTape(optimizer, objective) as tape:
+        y_pred, loss = total_loss()
+        first = next(part for part in keras.tree.flatten(x) if part is not None)
+        _compat.update_loss_tracker(model, loss, tf.shape(first)[0])
+        terms = compiled_terms(
+            model, y_pred, y, sample_weight, optimizer.attached_head()
+        )
+        check_support(terms)
+        tape.observe(terms)
+        tape.loss = loss
+        loss = model.optimizer.scale_loss(loss)
+    variables = model.trainable_variables
+    gradients = tape.gradient(loss, variables)
+    model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+    return {**logs, **optimizer.step_logs()}
+
+
+def _restorer(model: keras.Model) -> Callable[[Callable[[], Any]], Any]:
+    """Makes a second forward pass repeat the first one, and leave no trace.
+
+    Dropout seeds and batch statistics are non-trainable variables. They are
+    set back to what they were before the step, and afterwards forward again,
+    as are the metrics that a loss updates.
+    """
+    state = list(model.non_trainable_variables)
+    before = [tf.identity(variable.value) for variable in state]
+
+    def repeat(function: Callable[[], Any]) -> Any:
+        metrics = list(model.metrics_variables)
+        kept = [tf.identity(v.value) for v in [*state, *metrics]]
+        for variable, value in zip(state, before, strict=True):
+            variable.assign(value)
+        with tf.control_dependencies(before):
+            result = function()
+        with tf.control_dependencies([result]):
+            for variable, value in zip([*state, *metrics], kept, strict=True):
+                variable.assign(value)
+        return result
+
+    return repeat
