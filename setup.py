@@ -25,6 +25,7 @@ def version():
 INSTALL_REQUIRES = [
     # TensorFlow Probability 0.25 refuses an older TensorFlow when imported.
     "tensorflow>=2.18",
+    "typing-extensions",
     # The optimizers override one step method of the Keras base optimizer that
     # is not public; it is stable from 3.12 on.
     "keras>=3.12,<4",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tensorflow as tf
+from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
 
@@ -20,20 +21,24 @@ class DiagonalBlock(Block):
 
     kind = "diagonal"
 
+    @override
     def build_state(self) -> None:
         matrix = (self.shape.rows, self.shape.columns)
         self.add_average("diagonal", matrix)
         self._inverse = self.add_cache("inverse", matrix)
 
+    @override
     @classmethod
     def state_size(cls, shape: BlockShape) -> int:
         return 2 * shape.size
 
+    @override
     def input_statistics(
         self, inputs: tf.Tensor, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         return ()
 
+    @override
     def cotangent_statistics(
         self, inputs: tf.Tensor, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
@@ -48,9 +53,11 @@ class DiagonalBlock(Block):
         gradients = contract_shared(inputs, cotangents)
         return (tf.reduce_sum(tf.square(gradients), axis=0),)
 
+    @override
     def trace(self) -> tf.Tensor:
         return tf.reduce_sum(self.averages()[0])
 
+    @override
     def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         (diagonal,) = self.averages()
         inverse = tf.math.reciprocal(
@@ -60,9 +67,11 @@ class DiagonalBlock(Block):
         self._inverse.assign(tf.where(finite, inverse, self._inverse.value))
         return tf.constant(0, tf.int32), tf.cast(~finite, tf.int32)
 
+    @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
         return self._inverse.value * gradient
 
+    @override
     def operator(self) -> tf.linalg.LinearOperator:
         (diagonal,) = self.averages()
         return tf.linalg.LinearOperatorDiag(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tensorflow as tf
+from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape
 
@@ -24,6 +25,7 @@ class GradientDiagonalBlock(Block):
 
     kind = "gradient_diagonal"
 
+    @override
     def build_state(self) -> None:
         self.add_average("diagonal", self._state_shape)
         self._inverse = self.add_cache("inverse", self._state_shape)
@@ -32,15 +34,18 @@ class GradientDiagonalBlock(Block):
     def _state_shape(self) -> tuple[int, ...]:
         return (self.shape.rows, self.shape.columns)
 
+    @override
     @classmethod
     def state_size(cls, shape: BlockShape) -> int:
         return 2 * shape.size
 
+    @override
     def input_statistics(
         self, inputs: tf.Tensor, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         return ()
 
+    @override
     def cotangent_statistics(
         self, inputs: tf.Tensor, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
@@ -50,9 +55,11 @@ class GradientDiagonalBlock(Block):
         """Returns the squared `[rows, columns]` gradient."""
         return (tf.square(gradient),)
 
+    @override
     def trace(self) -> tf.Tensor:
         return tf.reduce_sum(self.averages()[0])
 
+    @override
     def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         (diagonal,) = self.averages()
         inverse = tf.math.reciprocal(
@@ -62,9 +69,11 @@ class GradientDiagonalBlock(Block):
         self._inverse.assign(tf.where(finite, inverse, self._inverse.value))
         return tf.constant(0, tf.int32), tf.cast(~finite, tf.int32)
 
+    @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
         return self._inverse.value * gradient
 
+    @override
     def operator(self) -> tf.linalg.LinearOperator:
         (diagonal,) = self.averages()
         flat = tf.reshape(
@@ -90,12 +99,15 @@ class GradientScalarBlock(GradientDiagonalBlock):
     def _state_shape(self) -> tuple[int, ...]:
         return ()
 
+    @override
     @classmethod
     def state_size(cls, shape: BlockShape) -> int:
         return 2
 
+    @override
     def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return (tf.reduce_mean(tf.square(gradient)),)
 
+    @override
     def trace(self) -> tf.Tensor:
         return self.shape.size * self.averages()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tensorflow as tf
+from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
 from keras_natgrad.linalg import damped_inverse
@@ -20,20 +21,24 @@ class FullBlock(Block):
 
     kind = "full"
 
+    @override
     def build_state(self) -> None:
         square = (self.shape.size, self.shape.size)
         self.add_average("fisher", square)
         self._inverse = self.add_cache("inverse", square)
 
+    @override
     @classmethod
     def state_size(cls, shape: BlockShape) -> int:
         return 2 * shape.size**2
 
+    @override
     def input_statistics(
         self, inputs: tf.Tensor, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         return ()
 
+    @override
     def cotangent_statistics(
         self, inputs: tf.Tensor, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
@@ -42,9 +47,11 @@ class FullBlock(Block):
         )
         return (tf.matmul(gradients, gradients, transpose_a=True),)
 
+    @override
     def trace(self) -> tf.Tensor:
         return tf.linalg.trace(self.averages()[0])
 
+    @override
     def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         result = damped_inverse(self.averages()[0], damping)
         self._inverse.assign(
@@ -52,12 +59,14 @@ class FullBlock(Block):
         )
         return result.retries, tf.cast(~result.succeeded, tf.int32)
 
+    @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
         flat = tf.reshape(gradient, [-1, 1])
         return tf.reshape(
             tf.matmul(self._inverse.value, flat), tf.shape(gradient)
         )
 
+    @override
     def operator(self) -> tf.linalg.LinearOperator:
         return tf.linalg.LinearOperatorFullMatrix(
             self.averages()[0], is_self_adjoint=True

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import abc
+import math
 from enum import Enum
 
+import keras
 import tensorflow as tf
+from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.linalg import (
@@ -81,20 +85,24 @@ class KroneckerBlock(Block):
         self._input = _factor(shape.rows, max_factor_size, sides != "output")
         self._output = _factor(shape.columns, max_factor_size, sides != "input")
 
+    @override
     def build_state(self) -> None:
         for name, factor in (("input", self._input), ("output", self._output)):
             factor.average = self.add_average(f"{name}_factor", factor.shape)
         for name, factor in (("input", self._input), ("output", self._output)):
             factor.inverse = self.add_cache(f"{name}_inverse", factor.shape)
 
+    @override
     @classmethod
     def state_size(cls, shape: BlockShape) -> int:
         return 2 * (shape.rows**2 + shape.columns**2)
 
+    @override
     @property
     def memory(self) -> int:
         return 2 * (self._input.elements + self._output.elements)
 
+    @override
     def input_statistics(
         self, inputs: tf.Tensor, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
@@ -105,6 +113,7 @@ class KroneckerBlock(Block):
         scale = tf.sqrt(weights / shared)[:, tf.newaxis, tf.newaxis]
         return (self._input.second_moment(scale * inputs),)
 
+    @override
     def cotangent_statistics(
         self, inputs: tf.Tensor, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
@@ -112,10 +121,12 @@ class KroneckerBlock(Block):
             cotangents = tf.reduce_sum(cotangents, axis=1, keepdims=True)
         return (self._output.second_moment(cotangents),)
 
+    @override
     def trace(self) -> tf.Tensor:
         left, right = self.averages()
         return self._input.trace(left) * self._output.trace(right)
 
+    @override
     def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         left, right = self.averages()
         ratio = trace_norm_ratio(
@@ -127,15 +138,18 @@ class KroneckerBlock(Block):
         more_retries, more_failures = self._output.refresh(right, root / ratio)
         return retries + more_retries, failures + more_failures
 
+    @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
         return self._output.apply_right(self._input.apply_left(gradient))
 
+    @override
     def operator(self) -> tf.linalg.LinearOperator:
         left, right = self.averages()
         return kronecker_operator(
             self._input.operator(left), self._output.operator(right)
         )
 
+    @override
     def describe(self) -> str:
         sides = f"{self._input.describe()} ⊗ {self._output.describe()}"
         return f"{sides}, {self.weight_sharing.value}"
@@ -147,25 +161,58 @@ def _factor(size: int, bound: int, used: bool) -> _Factor:
     return _DenseFactor(size) if size <= bound else _DiagonalFactor(size)
 
 
-class _Factor:
+class _Factor(abc.ABC):
     """One side of a Kronecker product: its average and its inverse."""
+
+    average: keras.Variable
+    inverse: keras.Variable
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.average = None
-        self.inverse = None
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Shape of the average and of the inverse."""
 
     @property
     def elements(self) -> int:
-        return self.shape[0] ** len(self.shape) if self.shape else 1
+        return math.prod(self.shape)
+
+    @abc.abstractmethod
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        """Returns the sum of outer products of `[batch, shared, size]`."""
+
+    @abc.abstractmethod
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        """Returns the trace of the factor."""
+
+    @abc.abstractmethod
+    def refresh(
+        self, average: tf.Tensor, damping: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Recomputes the damped inverse; returns retries and failures."""
+
+    @abc.abstractmethod
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        """Returns the inverse times a matrix."""
+
+    @abc.abstractmethod
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        """Returns a matrix times the inverse."""
+
+    @abc.abstractmethod
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        """Returns the undamped factor as an operator."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """Returns the factor in a few characters."""
 
     def _store(
         self, inverse: tf.Tensor, succeeded: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Keeps the last good inverse where the new one failed."""
         kept = tf.where(succeeded, inverse, self.inverse.value)
         self.inverse.assign(kept)
         return tf.constant(0, tf.int32), tf.cast(~succeeded, tf.int32)

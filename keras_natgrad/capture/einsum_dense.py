@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -98,7 +99,7 @@ def describe_einsum_dense(layer: keras.layers.EinsumDense) -> LinearMap | None:
         outputs=size_of([sides[c] for c in equation.produced]),
         bias_shape=_bias_shape(layer, equation),
     )
-    variables = (kernel,)
+    variables: tuple[Any, ...] = (kernel,)
     if layout.bias_shape is not None:
         variables = (kernel, layer.bias)
     return LinearMap(

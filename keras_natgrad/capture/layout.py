@@ -70,15 +70,16 @@ class ParameterLayout:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ParameterLayout:
         """Recreates the layout from `get_config`."""
-        return cls(
-            **{
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in config.items()
-            }
-        )
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in config.items()
+        }
+        return cls(**values)
 
     @classmethod
-    def of_matrix(cls, inputs: int, outputs: int, bias: bool) -> Any:
+    def of_matrix(
+        cls, inputs: int, outputs: int, bias: bool
+    ) -> ParameterLayout:
         """Returns the layout of a plain `[n, m]` kernel and `[m]` bias."""
         return cls(
             kernel_shape=(inputs, outputs),

@@ -105,14 +105,14 @@ def make_plan(model: keras.Model, variables: Sequence[Any]) -> Plan:
         spec = linear_map(layer)
         if spec is None:
             continue
-        found = [positions.get(id(variable)) for variable in spec.variables]
-        if None in found:
+        found = tuple(positions.get(id(v), -1) for v in spec.variables)
+        if min(found) < 0:  # Frozen, or trained by another optimizer.
             continue
         layers.append(
             LayerPlan(
                 path=layer.path,
                 layer_class=type(layer).__name__,
-                variables=tuple(found),
+                variables=found,
                 layout=spec.layout,
             )
         )

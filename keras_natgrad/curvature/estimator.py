@@ -224,7 +224,9 @@ class BlockDiagonal:
                 tf.cast(tf.convert_to_tensor(gradient), entry.block.dtype),
                 [-1, 1],
             )
-            statistics.append(entry.block.gradient_statistics(flat))
+            block = entry.block
+            assert isinstance(block, GradientDiagonalBlock)
+            statistics.append(block.gradient_statistics(flat))
         return statistics
 
     def _sum_over_columns(

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from typing_extensions import override
 
 from keras_natgrad import _compat
 from keras_natgrad.blocks import check_kind
@@ -178,6 +179,7 @@ class KFAC(CurvatureOptimizer):
 
     # -- State -----------------------------------------------------------
 
+    @override
     def build_curvature(self, plan: Plan, variables: list[Any]) -> None:
         shapes = [tuple(v.shape) for v in variables]
         self._hide("curvature", BlockDiagonal(plan, shapes, self.block_options))
@@ -222,16 +224,19 @@ class KFAC(CurvatureOptimizer):
 
     # -- One step --------------------------------------------------------
 
+    @override
     @property
     def needs_objective(self) -> bool:
         return isinstance(self.damping, LevenbergMarquardt)
 
+    @override
     def step_logs(self) -> dict[str, tf.Tensor]:
         if not self.log_statistics or self.state is None:
             return {}
         tensors = self.state.to_tensors()
         return {f"{self.name}_{key}": value for key, value in tensors.items()}
 
+    @override
     def observe(self, observation: Observation) -> None:
         seen = self.state.count("batches")
         due = is_due(seen, self.curvature_update_period)
@@ -253,6 +258,7 @@ class KFAC(CurvatureOptimizer):
         tf.cond(due & observation.usable, update, lambda: tf.constant(0))
         self.state.increment(batches=1)
 
+    @override
     def curvature_step(
         self,
         observation: Observation,
@@ -294,13 +300,15 @@ class KFAC(CurvatureOptimizer):
         )
         self._adapt_damping(observation, predicted)
 
+    @override
     def count_skipped_step(self) -> None:
         self.state.increment(skipped=1)
 
     @property
     def _length(self) -> StepLength:
-        momentum = None if self.momentum == "auto" else self.momentum
-        return StepLength(self.automatic_rate, momentum)
+        if isinstance(self.momentum, float):
+            return StepLength(self.automatic_rate, self.momentum)
+        return StepLength(self.automatic_rate, None)
 
     def _set_damping(self) -> None:
         """Starts the damping, or looks it up in its schedule."""
@@ -402,6 +410,7 @@ class KFAC(CurvatureOptimizer):
 
     # -- Saving ----------------------------------------------------------
 
+    @override
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         if self.automatic_rate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -99,9 +99,8 @@ class LevenbergMarquardt:
         return cls(**config)
 
 
-Damping = (
-    float | LevenbergMarquardt | keras.optimizers.schedules.LearningRateSchedule
-)
+_Schedule = keras.optimizers.schedules.LearningRateSchedule
+Damping: TypeAlias = float | LevenbergMarquardt | _Schedule
 
 
 def get(identifier: Any) -> Damping:
@@ -121,7 +120,7 @@ def get(identifier: Any) -> Damping:
         return get(keras.saving.deserialize_keras_object(identifier))
     if isinstance(
         identifier,
-        (LevenbergMarquardt, keras.optimizers.schedules.LearningRateSchedule),
+        (LevenbergMarquardt, _Schedule),
     ):
         return identifier
     if isinstance(identifier, (int, float)) and not isinstance(
