@@ -10,7 +10,12 @@ import tensorflow as tf
 from keras_natgrad import heads
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture import Taps, make_plan, match_layers
-from keras_natgrad.curvature import FISHER_KINDS, BlockDiagonal, BlockOptions
+from keras_natgrad.curvature import (
+    FISHER_KINDS,
+    BlockDiagonal,
+    BlockOptions,
+    CapturedPass,
+)
 from keras_natgrad.training.terms import mean_terms
 
 
@@ -94,13 +99,15 @@ def fisher(
         tf.GradientTape(persistent=True) as tape,
     ):
         outputs = model(x, training=False)
-    statistics = curvature.statistics(
+    captured = CapturedPass(
         tape,
         mean_terms(outputs, head),
         [taps.record(each) for each in match_layers(plan, model, variables)],
+        curvature.entries,
         [variable.value for variable in variables],
-        kind,
-        tf.constant([seed, 0], tf.int32),
+    )
+    statistics = curvature.statistics(
+        captured, kind, tf.constant([seed, 0], tf.int32)
     )
     curvature.accumulate(statistics, tf.constant(0.0, dtype))
     operators = {}

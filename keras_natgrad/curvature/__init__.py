@@ -1,18 +1,23 @@
 """From heads and captured layers to Fisher statistics and products."""
 
+from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
 from keras_natgrad.curvature.cotangents import (
     FISHER_KINDS,
     OutputTerm,
-    example_weights,
+    random_cotangents,
 )
-from keras_natgrad.curvature.estimator import BlockDiagonal, BlockOptions
-from keras_natgrad.curvature.products import fisher_gram
+from keras_natgrad.curvature.entry import BlockOptions
+from keras_natgrad.curvature.estimator import BlockDiagonal
+from keras_natgrad.curvature.products import estimated_gram, fisher_gram
 
 __all__ = [
     "FISHER_KINDS",
+    "Backward",
     "BlockDiagonal",
     "BlockOptions",
+    "CapturedPass",
     "OutputTerm",
-    "example_weights",
+    "estimated_gram",
     "fisher_gram",
+    "random_cotangents",
 ]

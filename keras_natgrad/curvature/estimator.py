@@ -2,79 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.blocks import (
-    Block,
-    BlockShape,
-    GradientDiagonalBlock,
-    GradientScalarBlock,
-    create,
-)
+from keras_natgrad.blocks import GradientDiagonalBlock
 from keras_natgrad.blocks.base import VariableFactory
-from keras_natgrad.capture import LayerPlan, LayerRecord, Plan
+from keras_natgrad.capture import Plan
+from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
 from keras_natgrad.curvature.cotangents import (
-    OutputTerm,
     column_cotangents,
-    example_weights,
     random_cotangents,
 )
+from keras_natgrad.curvature.entry import BlockOptions, Entry, make_entries
 
-_FALLBACKS = {
-    "diagonal": GradientDiagonalBlock,
-    "first_order": GradientScalarBlock,
-}
-
-
-@dataclass(frozen=True)
-class BlockOptions:
-    """Which block each layer gets.
-
-    Attributes:
-        block: Block name for captured layers.
-        weight_sharing: `"expand"` or `"reduce"`, for Kronecker factors.
-        max_factor_size: Largest side of a dense Kronecker factor.
-        fallback: `"diagonal"` or `"first_order"`, for the rest.
-    """
-
-    block: str = "kronecker"
-    weight_sharing: str = "expand"
-    max_factor_size: int = 4096
-    fallback: str = "diagonal"
-
-    def __post_init__(self) -> None:
-        if self.fallback not in _FALLBACKS:
-            raise ValueError(
-                f"`fallback` must be one of {sorted(_FALLBACKS)}. "
-                f"Received: fallback={self.fallback!r}"
-            )
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One block and the variables that it covers."""
-
-    block: Block
-    variables: tuple[int, ...]
-    layer: LayerPlan | None = None
-    shape: tuple[int, ...] = field(default=())
-
-    def to_matrix(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-        own = [tf.convert_to_tensor(tensors[i]) for i in self.variables]
-        own = [tf.cast(tensor, self.block.dtype) for tensor in own]
-        if self.layer is None:
-            return tf.reshape(own[0], [-1, 1])
-        return self.layer.layout.to_matrix(own)
-
-    def from_matrix(self, matrix: tf.Tensor) -> list[tf.Tensor]:
-        if self.layer is None:
-            return [tf.reshape(matrix, self.shape)]
-        return self.layer.layout.from_matrix(matrix)
+Statistics = list[tuple[tf.Tensor, ...]]
 
 
 class BlockDiagonal:
@@ -82,6 +25,9 @@ class BlockDiagonal:
 
     Everything it does to tensors can be traced and compiled. Its state is
     created from the plan and the variables' shapes alone.
+
+    Directions are lists of `[rows, columns]` matrices, one per entry; see
+    `to_matrices` and `from_matrices`.
 
     Args:
         plan: `Plan` of the network.
@@ -96,38 +42,22 @@ class BlockDiagonal:
         options: BlockOptions,
     ) -> None:
         self.plan = plan
-        self.entries: list[_Entry] = []
-        for layer in plan.layers:
-            block = create(
-                options.block,
-                BlockShape(layer.layout.rows, layer.layout.columns),
-                weight_sharing=options.weight_sharing,
-                max_factor_size=options.max_factor_size,
-            )
-            self.entries.append(_Entry(block, layer.variables, layer))
-        for index in plan.fallback:
-            shape = tuple(shapes[index])
-            block = _FALLBACKS[options.fallback](
-                BlockShape(math.prod(shape), 1)
-            )
-            self.entries.append(_Entry(block, (index,), None, shape))
+        self.entries: list[Entry] = make_entries(plan, shapes, options)
+        self._variable_count = len(shapes)
 
     @property
-    def captured(self) -> list[_Entry]:
+    def captured(self) -> list[Entry]:
         """Entries of captured layers, in the order of the plan."""
         return [entry for entry in self.entries if entry.layer is not None]
-
-    @property
-    def fallbacks(self) -> list[_Entry]:
-        """Entries of single variables that fall back."""
-        return [entry for entry in self.entries if entry.layer is None]
 
     @property
     def size(self) -> int:
         """Number of parameters."""
         return sum(entry.block.shape.size for entry in self.entries)
 
-    def build(self, names: Sequence[str], add_variable: Any) -> None:
+    def build(
+        self, names: Sequence[str], add_variable: VariableFactory
+    ) -> None:
         """Creates the state of every block.
 
         Args:
@@ -135,132 +65,85 @@ class BlockDiagonal:
             add_variable: `VariableFactory`.
         """
         for entry in self.entries:
-            prefix = names[entry.variables[0]]
-
-            def factory(
-                name: str,
-                shape: tuple[int, ...],
-                init: str,
-                prefix: str = prefix,
-            ) -> Any:
-                return add_variable(f"{prefix}_{name}", shape, init)
-
-            make: VariableFactory = factory
-            entry.block.build(make)
+            entry.block.build(
+                _prefixed(add_variable, names[entry.variables[0]])
+            )
 
     # -- Statistics ------------------------------------------------------
 
     def statistics(
         self,
-        tape: tf.GradientTape,
-        terms: Sequence[OutputTerm],
-        records: Sequence[LayerRecord],
-        variables: Sequence[tf.Variable],
+        captured: CapturedPass,
         kind: str,
         seed: tf.Tensor,
-    ) -> list[tuple[tf.Tensor, ...]]:
+        backward: Backward | None = None,
+    ) -> Statistics:
         """Returns the statistics of one batch, one tuple per entry.
 
         Args:
-            tape: Persistent tape of the forward pass.
-            terms: The network's outputs.
-            records: One `LayerRecord` per captured layer.
-            variables: All variables, for the fallbacks.
+            captured: The forward pass.
             kind: One of `FISHER_KINDS`.
             seed: int32 `[2]`.
+            backward: The backward pass of this kind and seed, if it has
+                been made already.
         """
-        inputs = [
-            record.canonical_inputs(entry.block.dtype)
-            for entry, record in zip(self.captured, records, strict=True)
+        first: Statistics = [
+            entry.block.input_statistics(a, tf.cast(captured.weights, a.dtype))
+            for entry, a in zip(self.captured, captured.inputs, strict=True)
         ]
-        weights = example_weights(terms)
-        first = [
-            entry.block.input_statistics(a, tf.cast(weights, a.dtype))
-            for entry, a in zip(self.captured, inputs, strict=True)
-        ] + [() for _ in self.fallbacks]
-
-        def one_pass(
-            cotangents: Sequence[tf.Tensor],
-        ) -> list[tuple[tf.Tensor, ...]]:
-            return self._backward(
-                tape, terms, records, inputs, variables, cotangents
-            )
-
+        first += [()] * (len(self.entries) - len(first))
         if kind == "exact":
-            second = self._sum_over_columns(terms, seed, one_pass)
+            second = self._sum_over_columns(captured, seed)
         else:
-            second = one_pass(random_cotangents(terms, kind, seed))
+            if backward is None:
+                backward = captured.backward(
+                    random_cotangents(captured.terms, kind, seed)
+                )
+            second = self._cotangent_statistics(captured, backward)
         return [a + g for a, g in zip(first, second, strict=True)]
 
-    def _backward(
-        self,
-        tape: tf.GradientTape,
-        terms: Sequence[OutputTerm],
-        records: Sequence[LayerRecord],
-        inputs: Sequence[tf.Tensor],
-        variables: Sequence[tf.Variable],
-        cotangents: Sequence[tf.Tensor],
-    ) -> list[tuple[tf.Tensor, ...]]:
-        """Sends cotangents back once; returns the cotangent statistics."""
-        sources = [list(record.preactivations) for record in records]
-        rest = [variables[entry.variables[0]] for entry in self.fallbacks]
-        gradients, rest_gradients = tape.gradient(
-            [term.outputs for term in terms],
-            (sources, rest),
-            output_gradients=list(cotangents),
-        )
-        statistics = []
-        for entry, record, a, g in zip(
-            self.captured, records, inputs, gradients, strict=True
-        ):
-            canonical = record.canonical_cotangents(g, entry.block.dtype)
-            statistics.append(entry.block.cotangent_statistics(a, canonical))
-        for entry, variable, gradient in zip(
-            self.fallbacks, rest, rest_gradients, strict=True
-        ):
-            if gradient is None:
-                gradient = tf.zeros_like(variable)
-            flat = tf.reshape(
-                tf.cast(tf.convert_to_tensor(gradient), entry.block.dtype),
-                [-1, 1],
+    def _cotangent_statistics(
+        self, captured: CapturedPass, backward: Backward
+    ) -> Statistics:
+        statistics = [
+            entry.block.cotangent_statistics(a, g)
+            for entry, a, g in zip(
+                captured.captured,
+                captured.inputs,
+                backward.cotangents,
+                strict=True,
             )
+        ]
+        for entry, gradient in zip(
+            captured.fallbacks, backward.gradients, strict=True
+        ):
             block = entry.block
             assert isinstance(block, GradientDiagonalBlock)
-            statistics.append(block.gradient_statistics(flat))
+            statistics.append(block.gradient_statistics(gradient))
         return statistics
 
     def _sum_over_columns(
-        self, terms: Sequence[OutputTerm], seed: tf.Tensor, one_pass: Any
-    ) -> list[tuple[tf.Tensor, ...]]:
+        self, captured: CapturedPass, seed: tf.Tensor
+    ) -> Statistics:
         """Sums the cotangent statistics over all columns of L."""
         total: Any = None
-        for index, term in enumerate(terms):
-            count = term.column_count()
+        for index, term in enumerate(captured.terms):
 
-            def contribution(
-                column: tf.Tensor, index: int = index
-            ) -> list[tuple[tf.Tensor, ...]]:
+            def contribution(column: tf.Tensor, index: int = index) -> Any:
                 folded = tf.random.fold_in(seed, column, alg="philox")
-                return one_pass(column_cotangents(terms, index, column, folded))
+                return self._cotangent_statistics(
+                    captured,
+                    captured.backward(
+                        column_cotangents(captured.terms, index, column, folded)
+                    ),
+                )
 
-            start = contribution(tf.constant(0, tf.int32))
-            _, summed = tf.while_loop(
-                lambda column, _, count=count: column < count,
-                lambda column, sums, contribution=contribution: (
-                    column + 1,
-                    tf.nest.map_structure(tf.add, sums, contribution(column)),
-                ),
-                (tf.constant(1, tf.int32), start),
-            )
-            total = (
-                summed
-                if total is None
-                else tf.nest.map_structure(tf.add, total, summed)
-            )
+            summed = _sum_over(contribution, term.column_count())
+            total = summed if total is None else _add(total, summed)
         return total
 
     def accumulate(
-        self, statistics: Sequence[tuple[tf.Tensor, ...]], decay: tf.Tensor
+        self, statistics: Statistics, decay: float | tf.Tensor
     ) -> None:
         """Folds a batch's statistics into the running averages."""
         for entry, new in zip(self.entries, statistics, strict=True):
@@ -270,11 +153,7 @@ class BlockDiagonal:
 
     def mean_eigenvalue(self) -> tf.Tensor:
         """Returns the trace of the Fisher over the number of parameters."""
-        traces = [
-            tf.cast(entry.block.trace(), self.entries[0].block.dtype)
-            for entry in self.entries
-        ]
-        return tf.add_n(traces) / self.size
+        return tf.add_n([e.block.trace() for e in self.entries]) / self.size
 
     def refresh(
         self, damping: tf.Tensor, ridge: Sequence[float]
@@ -283,7 +162,8 @@ class BlockDiagonal:
 
         Args:
             damping: Scalar λ.
-            ridge: Per variable, the curvature of its L2 regularizer.
+            ridge: Per variable, the curvature of its L2 regularizer. That of
+                the kernel counts for the block.
 
         Returns:
             Raised dampings and failed factorisations, int32 scalars.
@@ -297,15 +177,43 @@ class BlockDiagonal:
             failures += more_failures
         return retries, failures
 
-    def precondition(self, gradients: Sequence[Any]) -> list[tf.Tensor]:
-        """Returns `(F + λ I)⁻¹` times a gradient per variable.
+    def precondition(self, matrices: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns `(F + λ I)⁻¹` times a direction."""
+        return [
+            entry.block.precondition(matrix)
+            for entry, matrix in zip(self.entries, matrices, strict=True)
+        ]
 
-        Variables without a gradient (`None`) get a direction of zero.
-        """
-        directions: list[Any] = [None] * len(gradients)
-        for entry in self.entries:
-            matrix = entry.to_matrix(gradients)
-            solved = entry.from_matrix(entry.block.precondition(matrix))
-            for index, direction in zip(entry.variables, solved, strict=True):
-                directions[index] = direction
-        return directions
+    def to_matrices(self, tensors: Sequence[Any]) -> list[tf.Tensor]:
+        """Returns one matrix per entry from one tensor per variable."""
+        return [entry.to_matrix(tensors) for entry in self.entries]
+
+    def from_matrices(self, matrices: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns one tensor per variable from one matrix per entry."""
+        tensors: list[Any] = [None] * self._variable_count
+        for entry, matrix in zip(self.entries, matrices, strict=True):
+            parts = entry.from_matrix(matrix)
+            for index, part in zip(entry.variables, parts, strict=True):
+                tensors[index] = part
+        return tensors
+
+
+def _prefixed(add_variable: VariableFactory, prefix: str) -> VariableFactory:
+    def add(name: str, shape: tuple[int, ...], initializer: str) -> Any:
+        return add_variable(f"{prefix}_{name}", shape, initializer)
+
+    return add
+
+
+def _add(left: Any, right: Any) -> Any:
+    return tf.nest.map_structure(tf.add, left, right)
+
+
+def _sum_over(function: Callable[[tf.Tensor], Any], count: tf.Tensor) -> Any:
+    """Returns `function(0) + … + function(count − 1)`, in a loop."""
+    _, total = tf.while_loop(
+        lambda index, _: index < count,
+        lambda index, sums: (index + 1, _add(sums, function(index))),
+        (tf.constant(1, tf.int32), function(tf.constant(0, tf.int32))),
+    )
+    return total

@@ -1,4 +1,4 @@
-"""Products with the exact Fisher of the whole network."""
+"""Products with the Fisher of the whole network, layers coupled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
 from keras_natgrad.curvature.cotangents import OutputTerm
 
 
@@ -81,4 +82,47 @@ def fisher_gram(
         ]
         projected.append(tf.concat(rows, axis=0))
     stacked = tf.stack(projected)
-    return tf.matmul(stacked, stacked, transpose_b=True)
+    gram = tf.matmul(stacked, stacked, transpose_b=True)
+    return tf.ensure_shape(gram, [len(directions), len(directions)])
+
+
+def estimated_gram(
+    captured: CapturedPass,
+    backward: Backward,
+    directions: Sequence[Sequence[tf.Tensor]],
+    examples: int,
+) -> tf.Tensor:
+    """Returns an unbiased estimate of `δ_iᵀ F δ_j` from one backward pass.
+
+    With cotangents `u_n` whose outer products average to the Fisher of the
+    outputs, `E[(u_nᵀ J_n δ_i)(u_nᵀ J_n δ_j)]` is the Fisher product of one
+    example, and `u_nᵀ J_n δ = Σ_layers Σ_s g_sᵀ (δᵀ ā_s)` costs one matrix
+    product per layer and direction. Only every k-th example is used, so that
+    about `examples` remain. The relative standard deviation is at most
+    `√(2 / examples)` for examples of equal weight.
+
+    Args:
+        captured: The forward pass; it must have no fallback entries.
+        backward: A backward pass of random cotangents.
+        directions: k directions, each one matrix per entry.
+        examples: About how many examples of the batch to use.
+
+    Returns:
+        Tensor `[k, k]`, symmetric positive semi-definite.
+    """
+    batch = tf.shape(captured.inputs[0])[0]
+    stride = tf.maximum(batch // examples, 1)
+    projected = []
+    for direction in directions:
+        slopes = [
+            tf.reduce_sum(g[::stride] * tf.matmul(a[::stride], matrix), [1, 2])
+            for a, g, matrix in zip(
+                captured.inputs, backward.cotangents, direction, strict=True
+            )
+        ]
+        projected.append(tf.add_n(slopes))
+    stacked = tf.stack(projected)
+    used = tf.shape(stacked)[1]
+    scale = tf.cast(batch, stacked.dtype) / tf.cast(used, stacked.dtype)
+    gram = scale * tf.matmul(stacked, stacked, transpose_b=True)
+    return tf.ensure_shape(gram, [len(directions), len(directions)])

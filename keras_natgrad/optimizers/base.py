@@ -19,7 +19,7 @@ from keras_natgrad.capture import (
     make_plan,
     match_layers,
 )
-from keras_natgrad.curvature import OutputTerm
+from keras_natgrad.curvature import Backward, CapturedPass, OutputTerm
 from keras_natgrad.training import install
 from keras_natgrad.training.terms import in_support, mean_terms
 
@@ -46,7 +46,12 @@ class Observation:
         terms: The network's outputs as `OutputTerm`s.
         records: One `LayerRecord` per captured layer, in plan order.
         usable: Scalar bool: all gradients finite, targets in the support.
+        captured: The `CapturedPass`, once `observe` has made it.
+        backward: A backward pass of random cotangents, where one was made.
     """
+
+    captured: CapturedPass
+    backward: Backward | None = None
 
     def __init__(
         self,
@@ -252,13 +257,13 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
             raise ValueError(_NO_CURVATURE.format(name=type(self).__name__))
         grads = _compat.all_reduce_gradients(self, grads, trainable_variables)
         own = _compat.optimizer_variables(self)
-        aligned = [tf.zeros(v.shape, v.dtype) for v in own]
+        aligned: list[Any] = [tf.zeros(v.shape, v.dtype) for v in own]
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             index = _compat.variable_index(self, variable)
             aligned[index] = tf.convert_to_tensor(gradient)
 
         def step() -> tf.Tensor:
-            self.curvature_step(observation, aligned, own, learning_rate)
+            self.curvature_step(observation, aligned, learning_rate)
             return tf.constant(0)
 
         def skip() -> tf.Tensor:
@@ -272,10 +277,16 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         self,
         observation: Observation,
         gradients: Sequence[tf.Tensor],
-        variables: Sequence[Any],
         learning_rate: Any,
     ) -> None:
-        """Moves the variables."""
+        """Moves the variables.
+
+        Args:
+            observation: What the tape recorded.
+            gradients: One gradient per variable of the optimizer, zeros
+                where the loss does not reach it.
+            learning_rate: The current learning rate.
+        """
 
     @abc.abstractmethod
     def count_skipped_step(self) -> None:

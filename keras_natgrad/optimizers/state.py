@@ -12,8 +12,6 @@ STATISTICS = (
     "model_change",
     "learning_rate",
     "momentum",
-    "gradient_norm",
-    "update_norm",
 )
 
 #: Counters, in the order of the saved vector.

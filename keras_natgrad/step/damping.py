@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -99,8 +100,7 @@ class LevenbergMarquardt:
         return cls(**config)
 
 
-_Schedule = keras.optimizers.schedules.LearningRateSchedule
-Damping: TypeAlias = float | LevenbergMarquardt | _Schedule
+Damping: TypeAlias = float | LevenbergMarquardt | LearningRateSchedule
 
 
 def get(identifier: Any) -> Damping:
@@ -120,7 +120,7 @@ def get(identifier: Any) -> Damping:
         return get(keras.saving.deserialize_keras_object(identifier))
     if isinstance(
         identifier,
-        (LevenbergMarquardt, _Schedule),
+        (LevenbergMarquardt, LearningRateSchedule),
     ):
         return identifier
     if isinstance(identifier, (int, float)) and not isinstance(

@@ -1,0 +1,83 @@
+"""A recorded forward pass, ready to send cotangents back through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from keras_natgrad.capture import LayerRecord
+from keras_natgrad.curvature.cotangents import OutputTerm, example_weights
+from keras_natgrad.curvature.entry import Entry
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What one backward pass brought to the layers.
+
+    Attributes:
+        cotangents: Per captured entry, `g` of `[batch, shared, columns]`.
+        gradients: Per fallback entry, the `[size, 1]` gradient summed over
+            the batch.
+    """
+
+    cotangents: list[tf.Tensor]
+    gradients: list[tf.Tensor]
+
+
+class CapturedPass:
+    """The canonical inputs of a forward pass, and its way back.
+
+    Args:
+        tape: Persistent tape of the forward pass.
+        terms: The network's outputs.
+        records: One `LayerRecord` per captured entry.
+        entries: All entries, captured ones first.
+        variables: All variables, as `tf.Variable`s.
+    """
+
+    def __init__(
+        self,
+        tape: tf.GradientTape,
+        terms: Sequence[OutputTerm],
+        records: Sequence[LayerRecord],
+        entries: Sequence[Entry],
+        variables: Sequence[Any],
+    ) -> None:
+        self.tape = tape
+        self.terms = list(terms)
+        self._records = list(records)
+        self.captured = [entry for entry in entries if entry.layer is not None]
+        self.fallbacks = [entry for entry in entries if entry.layer is None]
+        self.variables = list(variables)
+        self.inputs = [
+            record.canonical_inputs(entry.block.dtype)
+            for entry, record in zip(self.captured, self._records, strict=True)
+        ]
+        self.weights = example_weights(terms)
+
+    def backward(self, cotangents: Sequence[tf.Tensor]) -> Backward:
+        """Sends one cotangent per output back through the network."""
+        rest = [self.variables[entry.variables[0]] for entry in self.fallbacks]
+        gradients, rest_gradients = self.tape.gradient(
+            [term.outputs for term in self.terms],
+            ([list(record.preactivations) for record in self._records], rest),
+            output_gradients=list(cotangents),
+        )
+        canonical = [
+            record.canonical_cotangents(g, entry.block.dtype)
+            for entry, record, g in zip(
+                self.captured, self._records, gradients, strict=True
+            )
+        ]
+        flat = []
+        for entry, variable, gradient in zip(
+            self.fallbacks, rest, rest_gradients, strict=True
+        ):
+            if gradient is None:
+                gradient = tf.zeros_like(variable)
+            dense = tf.convert_to_tensor(gradient)
+            flat.append(tf.reshape(tf.cast(dense, entry.block.dtype), [-1, 1]))
+        return Backward(canonical, flat)

@@ -1,0 +1,317 @@
+"""K-FAC and a whole step of it, from per-example Jacobians."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tests.reference import fisher, heads
+from tests.reference.heads import Term
+from tests.reference.network import Array, Network, Trace
+
+
+def cotangents(
+    trace: Trace,
+    terms: Sequence[Term],
+    parameter: int,
+    values: Sequence[Array],
+) -> Array:
+    """`Σ √c Jᵀ L e` per example, `[N, S, m]`, for `e` of `[N, P, K]` each."""
+    total = 0.0
+    for output, (term, e) in enumerate(zip(terms, values, strict=True)):
+        sent = np.einsum(
+            "np,npkr,npr->npk",
+            np.sqrt(term.coefficients),
+            heads.factor(term, trace.outputs[output]),
+            e,
+        )
+        total += np.einsum(
+            "npk,npksm->nsm", sent, trace.jacobians[parameter][output]
+        )
+    return total
+
+
+def score_cotangents(
+    trace: Trace, terms: Sequence[Term], parameter: int, signs: Sequence[Array]
+) -> Array:
+    """`Σ ± √c Jᵀ s` per example, with `[N, P]` signs per term."""
+    total = 0.0
+    for output, (term, sign) in enumerate(zip(terms, signs, strict=True)):
+        sent = (sign * np.sqrt(term.coefficients))[..., np.newaxis]
+        sent = sent * heads.score(term, trace.outputs[output], term.targets)
+        total += np.einsum(
+            "npk,npksm->nsm", sent, trace.jacobians[parameter][output]
+        )
+    return total
+
+
+def unit_columns(trace: Trace) -> Iterator[list[Array]]:
+    """All columns of the loss factor, as values for `cotangents`."""
+    zeros = [np.zeros_like(eta) for eta in trace.outputs]
+    for output, eta in enumerate(trace.outputs):
+        for position in range(eta.shape[1]):
+            for unit in range(eta.shape[2]):
+                values = [z.copy() for z in zeros]
+                values[output][:, position, unit] = 1.0
+                yield values
+
+
+def example_weights(terms: Sequence[Term]) -> Array:
+    """Relative weight per example, summing to one."""
+    weights = sum(term.coefficients.sum(axis=1) for term in terms)
+    return weights / weights.sum()
+
+
+def input_factor(
+    inputs: Array, weights: Array, weight_sharing: str = "expand"
+) -> Array:
+    """`A`, `[rows, rows]`."""
+    if weight_sharing == "reduce":
+        inputs = inputs.mean(axis=1, keepdims=True)
+    moments = np.einsum("nsa,nsb->nab", inputs, inputs) / inputs.shape[1]
+    return np.einsum("n,nab->ab", weights, moments)
+
+
+def output_factor(
+    columns: Sequence[Array], weight_sharing: str = "expand"
+) -> Array:
+    """`G`, `[m, m]`, the sum over columns of `[N, S, m]` cotangents."""
+    total = 0.0
+    for g in columns:
+        if weight_sharing == "reduce":
+            g = g.sum(axis=1, keepdims=True)
+        total += np.einsum("nsa,nsb->ab", g, g)
+    return total
+
+
+def exact_factors(
+    trace: Trace,
+    terms: Sequence[Term],
+    parameter: int,
+    weight_sharing: str = "expand",
+) -> tuple[Array, Array]:
+    """`A` and `G` with every column of the loss factor."""
+    columns = [
+        cotangents(trace, terms, parameter, values)
+        for values in unit_columns(trace)
+    ]
+    return (
+        input_factor(
+            trace.inputs[parameter], example_weights(terms), weight_sharing
+        ),
+        output_factor(columns, weight_sharing),
+    )
+
+
+def pi(left: Array, right: Array) -> float:
+    """`√((tr A / n) / (tr G / m))`."""
+    return np.sqrt(
+        (np.trace(left) / len(left)) / (np.trace(right) / len(right))
+    )
+
+
+def factored_inverses(
+    left: Array, right: Array, damping: float
+) -> tuple[Array, Array]:
+    """`(A + π√λ I)⁻¹` and `(G + √λ/π I)⁻¹`."""
+    ratio, root = pi(left, right), np.sqrt(damping)
+    return (
+        np.linalg.inv(left + ratio * root * np.eye(len(left))),
+        np.linalg.inv(right + root / ratio * np.eye(len(right))),
+    )
+
+
+class Average:
+    """An exponential average as what it means: a weighted mean of the past."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.values: list[Array] = []
+
+    def add(self, value: Array) -> None:
+        self.values.append(value)
+
+    def mean(self) -> Array:
+        age = np.arange(len(self.values))[::-1]
+        weights = self.decay**age
+        return sum(
+            w * value
+            for w, value in zip(weights / weights.sum(), self.values)
+        )
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Damping `relative · mean eigenvalue` at first, then adapted."""
+
+    relative: float
+    decay: float
+    period: int
+    minimum: float
+    maximum: float
+
+
+@dataclass
+class Settings:
+    """Options of `ReferenceKFAC`; `None` is what the model determines."""
+
+    learning_rate: float | None
+    momentum: float | None
+    damping: float | LevenbergMarquardt
+    factor_decay: float
+    curvature_period: int = 1
+    inverse_period: int = 1
+    norm_constraint: float | None = None
+    weight_decay: float | None = None
+    l2_kernel: float = 0.0
+    l2_bias: float = 0.0
+    weight_sharing: str = "expand"
+
+
+@dataclass
+class ReferenceKFAC:
+    """Whole K-FAC steps with the exact Fisher, on parameters as matrices."""
+
+    network: Network
+    settings: Settings
+    iteration: int = 0
+    damping: float | None = None
+    ratio: float | None = None
+    averages: list[tuple[Average, Average]] = field(default_factory=list)
+    inverses: list[tuple[Array, Array]] = field(default_factory=list)
+    velocities: list[Array] = field(default_factory=list)
+    coefficients: Array | None = None
+
+    def __post_init__(self) -> None:
+        decay = self.settings.factor_decay
+        matrices = self.network.matrices
+        self.averages = [(Average(decay), Average(decay)) for _ in matrices]
+        self.velocities = [np.zeros_like(m) for m in matrices]
+
+    # Regularizers: l2 ‖w‖² has gradient 2 l2 w and curvature 2 l2.
+
+    def _ridge(self, parameter: int) -> Array:
+        ridge = np.full(
+            self.network.matrices[parameter].shape,
+            2.0 * self.settings.l2_kernel,
+        )
+        if self.network.biased[parameter]:
+            ridge[-1] = 2.0 * self.settings.l2_bias
+        return ridge
+
+    def _loss(
+        self, network: Network, x: Array, terms: Sequence[Term]
+    ) -> float:
+        penalty = sum(
+            0.5 * np.sum(self._ridge(i) * m**2)
+            for i, m in enumerate(network.matrices)
+        )
+        return fisher.loss(network.trace(x), terms) + penalty
+
+    def _mean_eigenvalue(self) -> float:
+        traces = sum(
+            np.trace(a.mean()) * np.trace(g.mean()) for a, g in self.averages
+        )
+        return traces / sum(m.size for m in self.network.matrices)
+
+    def _refresh(self) -> None:
+        """The block's damping includes the regularizer of its kernel."""
+        ridge = 2.0 * self.settings.l2_kernel
+        self.inverses = [
+            factored_inverses(a.mean(), g.mean(), self.damping + ridge)
+            for a, g in self.averages
+        ]
+
+    def _choose(self, gram: Array, slopes: Array) -> Array:
+        """Minimises `bᵀc + ½ cᵀQc` over the free coefficients."""
+        rate, momentum = self.settings.learning_rate, self.settings.momentum
+        fixed = np.array([rate, momentum], dtype=object)
+        free = [i for i in range(2) if fixed[i] is None]
+        c = np.array([0.0 if v is None else v for v in fixed], float)
+        if gram[1, 1] == 0.0 and 1 in free:
+            free.remove(1)  # There is no previous update yet.
+        if free:
+            rest = slopes[free] + gram[np.ix_(free, range(2))] @ c
+            c[free] = -np.linalg.solve(gram[np.ix_(free, free)], rest)
+        return c
+
+    def step(self, x: Array, terms: Sequence[Term]) -> list[Array]:
+        """One step on a batch; returns the new parameters."""
+        settings, count = self.settings, len(self.network.matrices)
+        trace = self.network.trace(x)
+        old = [m.copy() for m in self.network.matrices]
+        gradients = [
+            fisher.gradient(trace, terms, i) + self._ridge(i) * old[i]
+            for i in range(count)
+        ]
+        if self.iteration % settings.curvature_period == 0:
+            for i, (left, right) in enumerate(self.averages):
+                a, g = exact_factors(trace, terms, i, settings.weight_sharing)
+                left.add(a)
+                right.add(g)
+        rule = settings.damping
+        if not isinstance(rule, LevenbergMarquardt):
+            self.damping = rule
+        elif self.damping is None:
+            self.damping = rule.relative * self._mean_eigenvalue()
+        if self.iteration % settings.inverse_period == 0:
+            self._refresh()
+        directions = [
+            -left @ gradient @ right
+            for gradient, (left, right) in zip(
+                gradients, self.inverses, strict=True
+            )
+        ]
+
+        def flat(parts: Sequence[Array]) -> Array:
+            return np.concatenate([part.ravel() for part in parts])
+
+        basis = np.stack([flat(directions), flat(self.velocities)])
+        metric = fisher.dense(trace, terms)
+        ridge = flat([self._ridge(i) for i in range(count)]) + self.damping
+        gram = basis @ metric @ basis.T
+        damped = gram + (basis * ridge) @ basis.T
+        slopes = basis @ flat(gradients)
+        c = self._choose(damped, slopes)
+        if settings.norm_constraint is not None:
+            norm = c @ gram @ c
+            if norm > settings.norm_constraint:
+                c = c * np.sqrt(settings.norm_constraint / norm)
+        self.coefficients = c
+        self.velocities = [
+            c[0] * d + c[1] * v
+            for d, v in zip(directions, self.velocities, strict=True)
+        ]
+        shrink = 1.0
+        if settings.weight_decay is not None:
+            rate = settings.learning_rate
+            shrink -= settings.weight_decay * (1.0 if rate is None else rate)
+        new = [
+            shrink * w + update
+            for w, update in zip(old, self.velocities, strict=True)
+        ]
+        before = self._loss(self.network, x, terms)
+        self.network = self.network.with_matrices(new)
+        if (
+            isinstance(rule, LevenbergMarquardt)
+            and self.iteration % rule.period == 0
+        ):
+            change = self._loss(self.network, x, terms) - before
+            self._adapt(rule, change / (slopes @ c + 0.5 * c @ damped @ c))
+        self.iteration += 1
+        return new
+
+    def _adapt(self, rule: LevenbergMarquardt, ratio: float) -> None:
+        self.ratio = ratio
+        if ratio > 0.75:
+            self.damping *= rule.decay
+        elif ratio < 0.25:
+            self.damping /= rule.decay
+        else:
+            return
+        scale = self._mean_eigenvalue()
+        self.damping = np.clip(
+            self.damping, rule.minimum * scale, rule.maximum * scale
+        )
