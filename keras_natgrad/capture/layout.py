@@ -44,7 +44,7 @@ class ParameterLayout:
 
     def to_matrix(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
         """Returns the `[rows, columns]` matrix of (kernel[, bias])."""
-        kernel = tf.transpose(tensors[0], self.permutation)
+        kernel = _permute(tensors[0], self.permutation)
         matrix = tf.reshape(kernel, [self.inputs, self.outputs])
         if self.bias_shape is None:
             return matrix
@@ -58,7 +58,7 @@ class ParameterLayout:
             range(len(permuted)), key=lambda axis: self.permutation[axis]
         )
         kernel = tf.reshape(matrix[: self.inputs], permuted)
-        tensors = [tf.transpose(kernel, inverse)]
+        tensors = [_permute(kernel, inverse)]
         if self.bias_shape is not None:
             tensors.append(tf.reshape(matrix[self.inputs], self.bias_shape))
         return tensors
@@ -88,6 +88,13 @@ class ParameterLayout:
             outputs=outputs,
             bias_shape=(outputs,) if bias else None,
         )
+
+
+def _permute(tensor: tf.Tensor, permutation: Sequence[int]) -> tf.Tensor:
+    """Transposes, unless there is nothing to do (it would copy)."""
+    if list(permutation) == sorted(permutation):
+        return tensor
+    return tf.transpose(tensor, permutation)
 
 
 def size_of(shape: Sequence[int]) -> int:

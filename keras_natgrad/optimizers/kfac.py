@@ -35,7 +35,6 @@ from keras_natgrad.step import (
 )
 from keras_natgrad.step.damping import check_positive
 from keras_natgrad.step.directions import (
-    combine,
     dot,
     l2_curvature,
     pad_gram,
@@ -44,6 +43,7 @@ from keras_natgrad.step.directions import (
 )
 from keras_natgrad.step.length import model_change, quadratic_form
 from keras_natgrad.step.refresh import check_period
+from keras_natgrad.step.update import apply_update
 
 # Examples of a batch that the estimated quadratic model looks at.
 _MODEL_EXAMPLES = 256
@@ -215,12 +215,8 @@ class KFAC(CurvatureOptimizer):
         velocities = []
         if self.momentum != 0:
             velocities = [
-                add(
-                    f"{names[entry.variables[0]]}_velocity",
-                    (entry.block.shape.rows, entry.block.shape.columns),
-                    "zeros",
-                )
-                for entry in self.curvature.entries
+                add(f"{name}_velocity", shape, "zeros")
+                for name, shape in zip(names, shapes, strict=True)
             ]
         self._hide("_velocities", velocities)
         ridge = [l2_curvature(variable.regularizer) for variable in variables]
@@ -305,18 +301,42 @@ class KFAC(CurvatureOptimizer):
         rate = tf.cast(learning_rate, self.curvature_dtype)
         self._set_damping()
         self._refresh_if_due()
-        slopes_of = self.curvature.to_matrices(gradients)
-        descent = [-d for d in self.curvature.precondition(slopes_of)]
-        candidates = [descent]
-        if self._velocities:
-            candidates.append(
-                [tf.convert_to_tensor(v) for v in self._velocities]
+        matrices = self.curvature.to_matrices(gradients)
+        solved = self.curvature.precondition(matrices)
+        if self._needs_gram:
+            coefficients, predicted = self._solve_model(
+                observation, matrices, solved, rate
             )
+        else:
+            momentum = tf.constant(self.momentum, rate.dtype)
+            coefficients, predicted = tf.stack([rate, momentum]), None
+        self._move(solved, coefficients)
+        self.state.note(learning_rate=coefficients[0], momentum=coefficients[1])
+        if predicted is not None:
+            self.state.note(model_change=predicted)
+            self._adapt_damping(observation, predicted)
+
+    def _solve_model(
+        self,
+        observation: Observation,
+        gradients: Sequence[tf.Tensor],
+        solved: Sequence[tf.Tensor],
+        rate: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the coefficients of (−P∇, δ₋₁) and the predicted change."""
+        candidates = [list(solved)]
+        if self._velocities:
+            candidates.append(self.curvature.to_matrices(self._velocities))
+        # The first candidate enters with its sign here, once.
+        signs = tf.constant([-1.0, 1.0], rate.dtype)
         gram = self._gram(observation, candidates)
         damped = gram + ridge_gram(
             candidates, self.state.damping.value, self._ridge_rows
         )
-        slopes = pad_pair([dot(slopes_of, each) for each in candidates])
+        slopes = pad_pair([dot(gradients, each) for each in candidates])
+        gram *= signs[:, tf.newaxis] * signs
+        damped *= signs[:, tf.newaxis] * signs
+        slopes *= signs
         length = self._length
         coefficients = quadratic_coefficients(damped, slopes, length, rate)
         if length.automatic_rate:
@@ -325,20 +345,21 @@ class KFAC(CurvatureOptimizer):
             coefficients *= norm_scale(
                 quadratic_form(gram, coefficients), self.norm_constraint
             )
-        update = combine(coefficients, candidates)
-        for velocity, change in zip(self._velocities, update, strict=False):
-            velocity.assign(change)
+        return coefficients, model_change(damped, slopes, coefficients)
+
+    def _move(
+        self, solved: Sequence[tf.Tensor], coefficients: tf.Tensor
+    ) -> None:
+        """Moves every variable by `δ = −α P∇ + μ δ₋₁`."""
         variables = _compat.optimizer_variables(self)
-        changes = self.curvature.from_matrices(update)
-        for variable, change in zip(variables, changes, strict=True):
-            variable.value.assign_add(tf.cast(change, variable.dtype))
-        predicted = model_change(damped, slopes, coefficients)
-        self.state.note(
-            learning_rate=coefficients[0],
-            momentum=coefficients[1],
-            model_change=predicted,
-        )
-        self._adapt_damping(observation, predicted)
+        directions = self.curvature.from_matrices(solved)
+        velocities = self._velocities or [None] * len(variables)
+        for variable, velocity, direction in zip(
+            variables, velocities, directions, strict=True
+        ):
+            apply_update(
+                variable, velocity, direction, coefficients[0], coefficients[1]
+            )
 
     @override
     def count_skipped_step(self) -> None:

@@ -16,16 +16,6 @@ def dot(left: Direction, right: Direction) -> tf.Tensor:
     return tf.add_n([_inner(a, b) for a, b in zip(left, right, strict=True)])
 
 
-def combine(
-    coefficients: tf.Tensor, directions: Sequence[Direction]
-) -> list[tf.Tensor]:
-    """Returns `Σ_k c_k d_k`; extra coefficients are ignored."""
-    return [
-        tf.add_n([coefficients[k] * part for k, part in enumerate(parts)])
-        for parts in zip(*directions, strict=True)
-    ]
-
-
 def pad_pair(values: Sequence[tf.Tensor]) -> tf.Tensor:
     """Stacks one or two scalars to `[2]`, a missing one being zero."""
     padded = [*values, tf.zeros_like(values[0])]

@@ -49,6 +49,7 @@ def make_optimizer(settings, **kwargs):
         factor_decay=settings.factor_decay,
         curvature_update_period=settings.curvature_period,
         inverse_update_period=settings.inverse_period,
+        quadratic_model="exact",
         norm_constraint=settings.norm_constraint,
         block="kronecker",
         weight_sharing=settings.weight_sharing,
@@ -129,7 +130,10 @@ def check_steps(
             layer.bias.regularizer = keras.regularizers.L2(settings.l2_bias)
     optimizer = make_optimizer(settings, **kwargs).attach(model)
     model.compile(
-        optimizer, loss=compiled_loss(loss), run_eagerly=eager, jit_compile=False
+        optimizer,
+        loss=compiled_loss(loss),
+        run_eagerly=eager,
+        jit_compile=False,
     )
     reference = ReferenceKFAC(network_of(model.layers), settings)
     positions = model.input_shape[1] if len(model.input_shape) == 3 else None
@@ -242,9 +246,7 @@ def test_decimal_factor_decay():
 def test_decimal_damping_decay_and_norm_constraint():
     """Neither has an exact float32 value."""
     rule = dataclasses.replace(MODEL_RULE, decay=0.77, period=1)
-    settings = dataclasses.replace(
-        DEFAULTS, damping=rule, norm_constraint=0.01
-    )
+    settings = dataclasses.replace(DEFAULTS, damping=rule, norm_constraint=0.01)
     check_steps(mlp([3, 4, 3]), settings, "categorical")
 
 

@@ -127,7 +127,7 @@ def test_model_class_with_its_own_step(run_eagerly):
 def test_model_class_with_its_own_step_and_a_plain_tape():
     class Plain(keras.Sequential):
         def train_step(self, data):
-            x, y = data
+            x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
             with tf.GradientTape() as tape:
                 loss = self.compute_loss(x, y, self(x, training=True))
             gradients = tape.gradient(loss, self.trainable_variables)

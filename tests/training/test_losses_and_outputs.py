@@ -21,7 +21,10 @@ layers = keras.layers
 
 def two_headed(named=True):
     """Two inputs, and an output for each of two losses."""
-    left, right = keras.Input((2,), name="left"), keras.Input((2,), name="right")
+    left, right = (
+        keras.Input((2,), name="left"),
+        keras.Input((2,), name="right"),
+    )
     hidden = layers.Dense(
         5,
         activation="tanh",

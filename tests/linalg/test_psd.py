@@ -1,0 +1,103 @@
+"""Damped inverses of PSD matrices, and what happens when they fail."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_natgrad.linalg import damped_inverse, symmetrize
+
+MODES = ["eager", "graph", "xla"]
+
+
+def run(mode, matrix, damping):
+    """Calls `damped_inverse` in one of the ways it is executed."""
+    call = damped_inverse
+    if mode != "eager":
+        call = tf.function(damped_inverse, jit_compile=mode == "xla")
+    result = call(tf.constant(matrix), tf.constant(damping, matrix.dtype))
+    return result.inverse.numpy(), int(result.retries), bool(result.succeeded)
+
+
+def positive_matrix(size, seed=0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(size, 2 * size))
+    return (root @ root.T / size).astype(dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("damping", [0.0, 1e-3, 10.0])
+def test_equals_the_dense_inverse(mode, damping):
+    matrix = positive_matrix(5)
+    inverse, retries, succeeded = run(mode, matrix, damping)
+    expected = np.linalg.inv(matrix + damping * np.eye(5))
+    np.testing.assert_allclose(inverse, expected, rtol=1e-11, atol=1e-13)
+    np.testing.assert_array_equal(inverse, inverse.T)
+    assert (retries, succeeded) == (0, True)
+
+
+def test_singular_matrix_with_damping():
+    vector = np.array([1.0, 2.0, -1.0])
+    matrix = np.outer(vector, vector)
+    inverse, retries, succeeded = run("eager", matrix, 1e-4)
+    expected = np.linalg.inv(matrix + 1e-4 * np.eye(3))
+    np.testing.assert_allclose(inverse, expected, rtol=1e-9)
+    assert (retries, succeeded) == (0, True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_indefinite_matrix_is_retried_with_ten_times_the_damping(mode):
+    # λ = 0.02 and 0.2 do not reach the eigenvalue −1; λ = 2 does.
+    matrix = np.diag([4.0, 3.0, -1.0])
+    inverse, retries, succeeded = run(mode, matrix, 0.02)
+    expected = np.linalg.inv(matrix + 2.0 * np.eye(3))
+    np.testing.assert_allclose(inverse, expected, rtol=1e-12)
+    assert (retries, succeeded) == (2, True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_slightly_indefinite_matrix_without_damping_recovers(mode, dtype):
+    matrix = np.diag([1.0, 1.0, -1e-7]).astype(dtype)
+    inverse, retries, succeeded = run(mode, matrix, 0.0)
+    assert succeeded and retries > 0
+    assert np.all(np.isfinite(inverse))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_non_finite_matrix_fails_with_zeros(mode, broken):
+    matrix = positive_matrix(3)
+    matrix[1, :] = matrix[:, 1] = broken
+    inverse, retries, succeeded = run(mode, matrix, 0.1)
+    np.testing.assert_array_equal(inverse, np.zeros((3, 3)))
+    assert not succeeded
+    assert retries == 8
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hopeless_matrix_gives_up(mode):
+    matrix = np.diag([1.0, -1e12])
+    inverse, retries, succeeded = run(mode, matrix, 1e-6)
+    np.testing.assert_array_equal(inverse, np.zeros((2, 2)))
+    assert (retries, succeeded) == (8, False)
+
+
+def test_zero_matrix_needs_only_damping():
+    inverse, retries, succeeded = run("eager", np.zeros((2, 2)), 0.5)
+    np.testing.assert_allclose(inverse, 2.0 * np.eye(2))
+    assert (retries, succeeded) == (0, True)
+
+
+def test_large_condition_number_in_float32():
+    matrix = np.diag([1e6, 1.0, 1e-6]).astype(np.float32)
+    inverse, _, succeeded = run("graph", matrix, 1e-3)
+    expected = 1.0 / (np.diag(matrix) + 1e-3)
+    assert succeeded
+    np.testing.assert_allclose(np.diag(inverse), expected, rtol=1e-5)
+
+
+def test_symmetrize():
+    matrix = tf.constant(np.random.default_rng(0).normal(size=(2, 3, 3)))
+    result = symmetrize(matrix).numpy()
+    expected = (matrix + np.swapaxes(matrix, 1, 2)) / 2
+    np.testing.assert_allclose(result, expected)

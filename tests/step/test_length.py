@@ -1,0 +1,129 @@
+"""Learning rate and momentum from the quadratic model."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_natgrad.step import StepLength, quadratic_coefficients
+from keras_natgrad.step.length import model_change, quadratic_form
+
+RATE, MOMENTUM = 0.7, 0.4
+COMBINATIONS = list(itertools.product([True, False], [None, MOMENTUM]))
+
+
+def random_model(seed):
+    """A Gram matrix and slopes of two directions in five dimensions."""
+    rng = np.random.default_rng(seed)
+    basis = rng.normal(size=(2, 5))
+    root = rng.normal(size=(5, 5))
+    gram = basis @ (root @ root.T + 0.1 * np.eye(5)) @ basis.T
+    return gram, basis @ rng.normal(size=5)
+
+
+def choose(gram, slopes, automatic, momentum, rate=RATE):
+    return quadratic_coefficients(
+        tf.constant(gram),
+        tf.constant(slopes),
+        StepLength(automatic, momentum),
+        tf.constant(rate, tf.float64),
+    ).numpy()
+
+
+def value(gram, slopes, c):
+    return slopes @ c + 0.5 * c @ gram @ c
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("automatic", "momentum"), COMBINATIONS)
+def test_is_the_minimum_on_a_grid(seed, automatic, momentum):
+    gram, slopes = random_model(seed)
+    found = choose(gram, slopes, automatic, momentum)
+    steps = np.linspace(-0.5, 0.5, 21)
+    rates = found[0] + steps if automatic else [RATE]
+    momenta = found[1] + steps if momentum is None else [MOMENTUM]
+    if not automatic:
+        assert found[0] == RATE
+    if momentum is not None:
+        assert found[1] == MOMENTUM
+    grid = [
+        value(gram, slopes, np.array(pair))
+        for pair in itertools.product(rates, momenta)
+    ]
+    assert value(gram, slopes, found) <= min(grid) + 1e-12
+
+
+@pytest.mark.parametrize(("automatic", "momentum"), COMBINATIONS)
+def test_model_is_stationary_in_free_coefficients(automatic, momentum):
+    gram, slopes = random_model(5)
+    found = choose(gram, slopes, automatic, momentum)
+    derivative = slopes + gram @ found
+    if automatic:
+        np.testing.assert_allclose(derivative[0], 0.0, atol=1e-12)
+    if momentum is None:
+        np.testing.assert_allclose(derivative[1], 0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("automatic", "momentum"), COMBINATIONS)
+def test_first_step_has_no_previous_update(automatic, momentum):
+    gram, slopes = np.diag([2.0, 0.0]), np.array([-3.0, 0.0])
+    found = choose(gram, slopes, automatic, momentum)
+    assert found[0] == (1.5 if automatic else RATE)
+    assert found[1] == (0.0 if momentum is None else MOMENTUM)
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.0, 1.0 + 1e-9])
+def test_parallel_directions_use_the_first_only(factor):
+    gram = 2.0 * np.array([[1.0, factor], [factor, factor**2]])
+    slopes = -3.0 * np.array([1.0, factor])
+    np.testing.assert_allclose(choose(gram, slopes, True, None), [1.5, 0.0])
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e10])
+def test_scale_of_the_previous_update_does_not_matter(scale):
+    gram, slopes = random_model(1)
+    expected = choose(gram, slopes, True, None)
+    change = np.diag([1.0, scale])
+    found = choose(change @ gram @ change, change @ slopes, True, None)
+    np.testing.assert_allclose(found, expected / [1.0, scale], rtol=1e-9)
+
+
+def test_zero_model_gives_zero():
+    found = choose(np.zeros((2, 2)), np.zeros(2), True, None)
+    np.testing.assert_array_equal(found, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_model_change(seed):
+    gram, slopes = random_model(seed)
+    c = np.random.default_rng(seed).normal(size=2)
+    found = model_change(*(tf.constant(v) for v in (gram, slopes, c)))
+    np.testing.assert_allclose(found, value(gram, slopes, c), rtol=1e-12)
+
+
+def test_best_change_is_half_the_slope():
+    gram, slopes = random_model(0)
+    c = choose(gram, slopes, True, None)
+    found = model_change(*(tf.constant(v) for v in (gram, slopes, c)))
+    np.testing.assert_allclose(found, 0.5 * slopes @ c, rtol=1e-10)
+    assert found < 0
+
+
+def test_quadratic_form():
+    gram, c = random_model(0)
+    found = quadratic_form(tf.constant(gram), tf.constant(c))
+    np.testing.assert_allclose(found, c @ gram @ c, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("automatic", "momentum", "expected"),
+    [
+        (True, None, True),
+        (True, 0.0, True),
+        (False, None, True),
+        (False, 0.9, False),
+    ],
+)
+def test_needs_model(automatic, momentum, expected):
+    assert StepLength(automatic, momentum).needs_model is expected

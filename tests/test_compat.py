@@ -1,0 +1,225 @@
+"""The private Keras API that the package relies on, function by function."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_natgrad as kng
+from keras_natgrad import _compat
+
+layers = keras.layers
+
+
+def test_flatten_layers_finds_inner_layers_once():
+    shared = layers.Dense(3, name="shared")
+    inner = keras.Sequential([keras.Input((3,)), shared], name="inner")
+    attention = layers.MultiHeadAttention(1, 2, name="attention")
+    x = keras.Input((4, 3))
+    y = layers.TimeDistributed(inner)(attention(x, x))
+    model = keras.Model(x, shared(y))
+    found = _compat.flatten_layers(model)
+    names = [layer.name for layer in found]
+    assert {"inner", "attention", "query", "attention_output"} <= set(names)
+    assert names.count("shared") == 1
+    assert model not in found
+
+
+def test_flatten_layers_of_a_subclassed_model():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.blocks = [layers.Dense(2), layers.Dense(2)]
+
+    assert len(_compat.flatten_layers(Net())) == 2
+
+
+def test_compiled_losses():
+    x = keras.Input((2,))
+    outputs = {"a": layers.Dense(1)(x), "b": [layers.Dense(3)(x)]}
+    model = keras.Model(x, outputs)
+    assert _compat.compiled_losses(model) == []
+    model.compile(
+        "sgd",
+        loss={"a": "mse", "b": [keras.losses.Huber()]},
+        loss_weights={"a": 2.0, "b": [None]},
+    )
+    assert _compat.compiled_losses(model) == []
+    values = model(np.zeros((1, 2)))
+    model.compute_loss(y=values, y_pred=values)
+    first, second = _compat.compiled_losses(model)
+    assert tuple(first.path) == ("a",) and tuple(second.path) == ("b", 0)
+    assert first.loss.fn is keras.losses.mean_squared_error
+    assert isinstance(second.loss, keras.losses.Huber)
+    assert (first.weight, second.weight) == (2.0, None)
+
+
+def test_compiled_losses_of_one_output():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile("sgd", loss="mse")
+    model.compute_loss(y=np.zeros((1, 1)), y_pred=np.zeros((1, 1)))
+    (entry,) = _compat.compiled_losses(model)
+    assert tuple(entry.path) == ()
+    assert entry.weight is None
+
+
+def test_update_loss_tracker():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile("sgd", loss="mse")
+    _compat.update_loss_tracker(model, tf.constant(3.0), tf.constant(1))
+    _compat.update_loss_tracker(model, tf.constant(1.0), tf.constant(3))
+    logs = model.get_metrics_result()
+    assert float(logs["loss"]) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("has_training", [True, False])
+def test_compute_loss(has_training):
+    """With penalties, and with a `compute_loss` of an older signature."""
+
+    class Old(keras.Sequential):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+            return super().compute_loss(x, y, y_pred, sample_weight)
+
+    cls = keras.Sequential if has_training else Old
+    model = cls(
+        [
+            keras.Input((2,)),
+            layers.Dense(1, kernel_regularizer=keras.regularizers.L2(0.5)),
+        ]
+    )
+    model.compile("sgd", loss="mse")
+    x, y = np.ones((3, 2)), np.zeros((3, 1))
+    y_pred = model(x)
+    weight = np.array([1.0, 0.0, 2.0])
+    loss = _compat.compute_loss(model, x, y, y_pred, weight)
+    kernel = model.layers[0].kernel.numpy()
+    expected = np.mean(weight * y_pred.numpy()[:, 0] ** 2)
+    expected += 0.5 * np.sum(kernel**2)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_call_with_training():
+    class Net(keras.Model):
+        def call(self, x, training=None):
+            assert training is True
+            return x
+
+    class Plain(keras.Model):
+        def call(self, x):
+            return x
+
+    for model in (Net(), Plain()):
+        assert float(_compat.call_with_training(model, tf.constant(2.0))) == 2
+
+
+def test_kernel_variable():
+    dense = layers.Dense(3)
+    dense.build((None, 4))
+    assert _compat.kernel_variable(dense) is dense.kernel
+    dense.enable_lora(2)
+    kernel = _compat.kernel_variable(dense)
+    assert isinstance(kernel, keras.Variable)
+    assert tuple(kernel.shape) == (4, 3)
+
+
+def test_kernel_variable_of_a_layer_without_the_private_name():
+    class Mine(layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(2, 2))
+
+    layer = Mine()
+    layer.build((None, 2))
+    assert _compat.kernel_variable(layer) is layer.kernel
+
+
+def test_is_plain():
+    dense, lora, quantized = (layers.Dense(4) for _ in range(3))
+    for layer in (dense, lora, quantized):
+        layer.build((None, 4))
+    lora.enable_lora(2)
+    quantized.quantize("int8")
+    assert _compat.is_plain(dense)
+    assert _compat.is_plain(layers.ReLU())
+    assert not _compat.is_plain(lora)
+    assert not _compat.is_plain(quantized)
+
+
+def test_wrapped_optimizers():
+    inner = kng.KFAC()
+    outer = keras.optimizers.LossScaleOptimizer(inner)
+    assert list(_compat.wrapped_optimizers(outer)) == [outer, inner]
+    assert list(_compat.wrapped_optimizers(inner)) == [inner]
+    assert list(_compat.wrapped_optimizers(None)) == []
+
+
+def test_keras_mask():
+    inputs = tf.constant([[[1.0], [0.0]]])
+    outputs = layers.Masking()(inputs)
+    np.testing.assert_array_equal(_compat.keras_mask(outputs), [[True, False]])
+    assert _compat.keras_mask(inputs) is None
+
+
+def variables_and_optimizer():
+    variables = [keras.Variable(np.zeros(n, "float32")) for n in (1, 2, 3)]
+    optimizer = keras.optimizers.SGD()
+    optimizer.build(variables)
+    return variables, optimizer
+
+
+def test_variable_index():
+    """Of Keras variables, and of the raw ones that a step receives."""
+    variables, optimizer = variables_and_optimizer()
+    for index, variable in enumerate(variables):
+        assert _compat.variable_index(optimizer, variable) == index
+        assert _compat.variable_index(optimizer, variable.value) == index
+
+
+def test_optimizer_variables():
+    variables, optimizer = variables_and_optimizer()
+    found = _compat.optimizer_variables(optimizer)
+    assert all(a is b for a, b in zip(found, variables, strict=True))
+    found.clear()
+    assert len(_compat.optimizer_variables(optimizer)) == 3
+
+
+def test_all_reduce_gradients_of_one_replica():
+    variables, optimizer = variables_and_optimizer()
+    gradients = [tf.ones(n) for n in (1, 2, 3)]
+    found = _compat.all_reduce_gradients(optimizer, gradients, variables)
+    for a, b in zip(found, gradients, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_all_reduce_gradients_of_two_replicas(mirrored_strategy):
+    with mirrored_strategy.scope():
+        variable = keras.Variable(np.zeros(2, "float32"))
+        optimizer = keras.optimizers.SGD()
+        optimizer.build([variable])
+
+    @tf.function
+    def run():
+        def replica():
+            index = tf.distribute.get_replica_context().replica_id_in_sync_group
+            gradient = tf.cast(index + 1, tf.float32) * tf.ones(2)
+            return _compat.all_reduce_gradients(
+                optimizer, [gradient], [variable.value]
+            )[0]
+
+        return mirrored_strategy.run(replica)
+
+    for value in mirrored_strategy.experimental_local_results(run()):
+        np.testing.assert_array_equal(value, [3.0, 3.0])
+
+
+def test_every_function_is_tested():
+    """One test per function of the module."""
+    functions = {
+        name
+        for name, value in vars(_compat).items()
+        if callable(value)
+        and getattr(value, "__module__", None) == _compat.__name__
+        and not isinstance(value, type)
+    }
+    tests = [name for name in globals() if name.startswith("test_")]
+    for function in functions:
+        assert any(test.startswith(f"test_{function}") for test in tests)
