@@ -55,7 +55,7 @@ class Training:
     ) -> None:
         mnist = load_mnist(data)
         self.images = mnist["x_train"]
-        self.test_images = jnp.asarray(mnist["x_test"])
+        self.evaluation_images = jnp.asarray(mnist["x_train"][:10000])
         self.batches = batch_indices(len(self.images), batch_size, seed)
         self.network = hk.without_apply_rng(
             hk.transform(lambda x: autoencoder(x, sizes))
@@ -64,8 +64,8 @@ class Training:
         self.seed = seed
         self.metric = jax.jit(
             lambda parameters: squared_error(
-                self.network.apply(parameters, self.test_images),
-                self.test_images,
+                self.network.apply(parameters, self.evaluation_images),
+                self.evaluation_images,
             )
         )
         self.optimizer = kfac_jax.Optimizer(
@@ -101,7 +101,7 @@ class Training:
         return self._advance([jnp.asarray(self.images[i]) for i in indices])
 
     def evaluate(self) -> float:
-        """Returns the squared error per test image."""
+        """Returns the squared error per evaluation image."""
         return float(self.metric(self.parameters))
 
     def _advance(self, batches) -> float:

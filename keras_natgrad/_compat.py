@@ -134,3 +134,14 @@ def all_reduce_gradients(
         list(zip(gradients, variables, strict=True))
     )
     return [gradient for gradient, _ in pairs]
+
+
+def apply_weight_decay(
+    optimizer: keras.optimizers.Optimizer, variables: Any
+) -> None:
+    """Applies decoupled weight decay as the base class does.
+
+    The base class does it before `_backend_update_step`, also where the step
+    is then skipped.
+    """
+    keras.optimizers.Optimizer._apply_weight_decay(optimizer, variables)

@@ -25,14 +25,15 @@ MAY_IMPORT["losses"] = {"linalg", "heads"}
 MAY_IMPORT["capture"] = {"linalg", "blocks"}
 MAY_IMPORT["solvers"] = {"linalg", "heads", "blocks"}
 MAY_IMPORT["step"] = {"linalg", "heads", "blocks"}
+MAY_IMPORT["curvature"] = {"linalg", "heads", "blocks", "capture"}
+MAY_IMPORT["training"] = {*MAY_IMPORT["curvature"], "curvature", "losses"}
 MAY_IMPORT["optimizers"] = {
-    *MAY_IMPORT["losses"],
-    *("blocks", "capture", "losses", "solvers", "step"),
+    *MAY_IMPORT["training"],
+    *("solvers", "step", "training"),
 }
-MAY_IMPORT["fisher"] = {*MAY_IMPORT["optimizers"], "optimizers"}
-MAY_IMPORT["training"] = {*MAY_IMPORT["fisher"], "fisher"}
-MAY_IMPORT["callbacks"] = {*MAY_IMPORT["training"], "training"}
-MAY_IMPORT["integrations"] = {*MAY_IMPORT["training"], "training"}
+MAY_IMPORT["fisher"] = {*MAY_IMPORT["training"], "training"}
+MAY_IMPORT["callbacks"] = {*MAY_IMPORT["optimizers"], "optimizers"}
+MAY_IMPORT["integrations"] = {*MAY_IMPORT["optimizers"], "optimizers"}
 
 # These rooms see tensors, never Keras layers.
 KNOWS_NO_LAYERS = {"linalg", "heads", "blocks"}

@@ -54,9 +54,7 @@ def test_kronecker(head, model):
 @pytest.mark.parametrize("head", HEADS)
 def test_full_and_diagonal(head, model):
     trace = network_of(model.layers).trace(X)
-    blocks = [
-        reference.block(trace, [mean_term(head)], i) for i in range(2)
-    ]
+    blocks = [reference.block(trace, [mean_term(head)], i) for i in range(2)]
     full = kng.fisher(model, X, HEADS[head], "full")
     assert_operators(full, model, blocks)
     diagonal = kng.fisher(model, X, HEADS[head], "diagonal")
@@ -169,9 +167,7 @@ def test_head_by_name(model):
 def test_dtype_of_the_operators(dtype):
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(dtype)
-    operators = kng.fisher(
-        mlp([3, 4, 2]), X.astype("float32"), HEADS["normal"]
-    )
+    operators = kng.fisher(mlp([3, 4, 2]), X.astype("float32"), HEADS["normal"])
     assert all(op.dtype == "float32" for op in operators.values())
 
 

@@ -54,9 +54,7 @@ def dense_blocks(model, x, head):
     trace = network_of(model.layers).trace(x)
     batch, positions, _ = trace.outputs[0].shape
     term = mean_term(head, batch, positions)
-    return [
-        reference.block(trace, [term], i) for i in range(len(trace.inputs))
-    ]
+    return [reference.block(trace, [term], i) for i in range(len(trace.inputs))]
 
 
 def package_blocks(model, x, head, approximation="kronecker", **kwargs):
@@ -112,6 +110,8 @@ def plain_kfac(**kwargs):
         curvature_update_period=1,
         inverse_update_period=1,
         quadratic_model="exact",
+        damping_split="layer",
+        refresh_growth=None,
     )
     return kng.KFAC(**{**options, **kwargs})
 
@@ -125,6 +125,7 @@ def adaptive_kfac(**kwargs):
         relative=0.5,
         minimum=1e-6,
         maximum=1e6,
+        inverse_ratio=0.5,
     )
     options = dict(learning_rate="auto", momentum="auto", damping=damping)
     return plain_kfac(**{**options, **kwargs})
@@ -247,9 +248,7 @@ def test_invariant_05_blocks_of_a_relu_network_are_hessian_blocks(head):
         rows = [
             [
                 tf.reshape(
-                    outer.jacobian(
-                        g, part, unconnected_gradients="zero"
-                    ),
+                    outer.jacobian(g, part, unconnected_gradients="zero"),
                     [tf.size(g), -1],
                 )
                 for part in parts
@@ -479,10 +478,10 @@ def test_invariant_16_inverse_undoes_the_damped_block(kind):
     block.refresh(tf.constant(damping, tf.float64))
     dense = block.to_dense().numpy()
     if kind == "kronecker":
-        left, right = (op.to_dense().numpy() for op in block.operator().operators)
-        ratio = np.sqrt(
-            (np.trace(left) / 4) / (np.trace(right) / 3)
+        left, right = (
+            op.to_dense().numpy() for op in block.operator().operators
         )
+        ratio = np.sqrt((np.trace(left) / 4) / (np.trace(right) / 3))
         damped = np.kron(
             left + ratio * np.sqrt(damping) * np.eye(4),
             right + np.sqrt(damping) / ratio * np.eye(3),
@@ -518,12 +517,8 @@ def mean_divergence(head, old, new):
 
 # nngeometry tests/test_metrics.py.
 @ALL_HEADS
-@pytest.mark.parametrize(
-    ("length", "tolerance"), [(1e-2, 2e-2), (1e-3, 2e-3)]
-)
-def test_invariant_17_divergence_quotient_tends_to_one(
-    head, length, tolerance
-):
+@pytest.mark.parametrize(("length", "tolerance"), [(1e-2, 2e-2), (1e-3, 2e-3)])
+def test_invariant_17_divergence_quotient_tends_to_one(head, length, tolerance):
     model, x = mlp([3, 4, 2]), inputs(BATCH, 3)
     direction = inputs(model.count_params(), seed=1)
     direction *= length / np.linalg.norm(direction)
@@ -625,7 +620,9 @@ def test_invariant_19_affine_maps_do_not_change_the_function(
             set_matrix(second, np.linalg.solve(change, matrix_of(second)))
         before = model(data).numpy()
         optimizer = plain_kfac(block=block, learning_rate=0.25)
-        train(model, optimizer, loss_of(loss, "sum_over_batch_size"), [(data, y)])
+        train(
+            model, optimizer, loss_of(loss, "sum_over_batch_size"), [(data, y)]
+        )
         assert optimizer.statistics["retries"] == 0
         outputs.append((before, model(data).numpy()))
     (before, after), (same, moved) = outputs
@@ -708,9 +705,7 @@ def test_invariant_23_clipped_update_has_exactly_the_bound(rate, momentum):
         old = flat_weights(model)
         model.train_on_batch(x, y)
         update = flat_weights(model) - old
-        np.testing.assert_allclose(
-            update @ dense @ update, bound, rtol=1e-6
-        )
+        np.testing.assert_allclose(update @ dense @ update, bound, rtol=1e-6)
 
 
 # Inside the region the update is untouched.
@@ -755,9 +750,7 @@ def test_invariant_24_training_goes_on_after_a_failed_refresh(compiled):
     batches = list(batches_for("mse"))
     model.train_on_batch(*batches[0])
     assert optimizer.statistics["failures"] == 0
-    average = next(
-        v for v in optimizer.variables if "input_factor" in v.name
-    )
+    average = next(v for v in optimizer.variables if "input_factor" in v.name)
     average.assign(np.full(average.shape, np.nan))
     model.train_on_batch(*batches[1])
     assert optimizer.statistics["failures"] > 0
@@ -882,7 +875,8 @@ def test_invariant_26_levenberg_marquardt_table(ratio, factor):
         decay=0.75, period=1, relative=1.0, minimum=0.0, maximum=1e9
     )
     damping = tf.constant(2.0, tf.float64)
-    adapted = rule.adapt(damping, tf.constant(ratio, tf.float64), damping)
+    one = tf.ones_like(damping)
+    adapted = rule.adapt(damping, ratio * one, one, damping)
     np.testing.assert_allclose(adapted, 2.0 * factor, rtol=1e-14)
 
 
@@ -940,7 +934,7 @@ def test_invariant_26_automatic_coefficients_win_on_a_grid():
 # The same on a two-dimensional model by itself.
 def test_invariant_26_quadratic_coefficients_are_the_minimum():
     gram = np.array([[2.0, 0.5], [0.5, 1.0]])
-    slopes = np.array([-1.0, 0.25])
+    slopes = np.array([-1.0, -0.75])
     found = quadratic_coefficients(
         tf.constant(gram),
         tf.constant(slopes),
@@ -977,7 +971,7 @@ def steps_in(mode, fisher, dtype, block="kronecker"):
     ("fisher", "dtype", "rtol"),
     [
         ("propagated", "float32", 1e-6),
-        ("exact", "float64", 1e-11),
+        pytest.param("exact", "float64", 1e-11, marks=pytest.mark.slow),
         pytest.param("exact", "float32", 1e-6, marks=pytest.mark.slow),
         pytest.param("propagated", "float64", 1e-11, marks=pytest.mark.slow),
     ],

@@ -5,9 +5,12 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
+
+from keras_natgrad.linalg import scalar
 
 # Creates one named, saved optimizer variable: (name, shape, initializer).
 VariableFactory = Callable[[str, tuple[int, ...], str], keras.Variable]
@@ -30,6 +33,15 @@ class BlockShape:
     def size(self) -> int:
         """Number of parameters, `rows × columns`."""
         return self.rows * self.columns
+
+
+class FactorScales(NamedTuple):
+    """Traces and sizes of the two factors of a Kronecker product."""
+
+    input_trace: tf.Tensor
+    input_size: int
+    output_trace: tf.Tensor
+    output_size: int
 
 
 class Block(abc.ABC):
@@ -125,7 +137,7 @@ class Block(abc.ABC):
         """
 
     def accumulate(
-        self, statistics: Sequence[tf.Tensor], decay: tf.Tensor
+        self, statistics: Sequence[tf.Tensor], decay: float | tf.Tensor
     ) -> None:
         """Folds statistics into the running averages.
 
@@ -136,7 +148,7 @@ class Block(abc.ABC):
             statistics: Input statistics followed by cotangent statistics.
             decay: Scalar β in [0, 1).
         """
-        decay = tf.cast(decay, self.dtype)
+        decay = scalar(decay, self.dtype)
         for average, new in zip(self._averages, statistics, strict=True):
             average.assign(
                 decay * average.value
@@ -161,13 +173,17 @@ class Block(abc.ABC):
         """Returns the trace of the undamped Fisher block."""
 
     @abc.abstractmethod
-    def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def refresh(
+        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Recomputes the cached inverse.
 
         Where a factorisation fails for good, the last good inverse stays.
 
         Args:
             damping: Scalar λ, added to the Fisher.
+            ratio: Scalar π that splits λ over two factors, for blocks that
+                are products; their own where it is `None`.
 
         Returns:
             Two int32 scalars: raised dampings and failed factorisations.
@@ -191,6 +207,10 @@ class Block(abc.ABC):
     def to_dense(self) -> tf.Tensor:
         """Returns the undamped Fisher block, `[size, size]`."""
         return self.operator().to_dense()
+
+    def factor_scales(self) -> FactorScales | None:
+        """Returns the scales of two factors, `None` for no product."""
+        return None
 
     def describe(self) -> str:
         """Returns the approximation in a few words, for the summary."""

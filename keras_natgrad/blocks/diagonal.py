@@ -42,23 +42,28 @@ class DiagonalBlock(Block):
     def cotangent_statistics(
         self, inputs: tf.Tensor, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        if inputs.shape[1] == 1:
-            return (
-                tf.matmul(
-                    tf.square(inputs[:, 0]),
-                    tf.square(cotangents[:, 0]),
-                    transpose_a=True,
-                ),
+        def one_position() -> tf.Tensor:
+            return tf.matmul(
+                tf.square(inputs[:, 0]),
+                tf.square(cotangents[:, 0]),
+                transpose_a=True,
             )
-        gradients = contract_shared(inputs, cotangents)
-        return (tf.reduce_sum(tf.square(gradients), axis=0),)
+
+        def several_positions() -> tf.Tensor:
+            gradients = contract_shared(inputs, cotangents)
+            return tf.reduce_sum(tf.square(gradients), axis=0)
+
+        single = tf.equal(tf.shape(inputs)[1], 1)
+        return (tf.cond(single, one_position, several_positions),)
 
     @override
     def trace(self) -> tf.Tensor:
         return tf.reduce_sum(self.averages()[0])
 
     @override
-    def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def refresh(
+        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         (diagonal,) = self.averages()
         inverse = tf.math.reciprocal(
             diagonal + tf.cast(damping, diagonal.dtype)

@@ -60,7 +60,9 @@ class GradientDiagonalBlock(Block):
         return tf.reduce_sum(self.averages()[0])
 
     @override
-    def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def refresh(
+        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         (diagonal,) = self.averages()
         inverse = tf.math.reciprocal(
             diagonal + tf.cast(damping, diagonal.dtype)

@@ -52,7 +52,9 @@ class FullBlock(Block):
         return tf.linalg.trace(self.averages()[0])
 
     @override
-    def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def refresh(
+        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         result = damped_inverse(self.averages()[0], damping)
         self._inverse.assign(
             tf.where(result.succeeded, result.inverse, self._inverse.value)

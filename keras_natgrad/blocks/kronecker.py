@@ -10,8 +10,9 @@ import keras
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.blocks.base import Block, BlockShape, FactorScales
 from keras_natgrad.linalg import (
+    DampedInverse,
     damped_inverse,
     kronecker_operator,
     trace_norm_ratio,
@@ -106,7 +107,7 @@ class KroneckerBlock(Block):
     def input_statistics(
         self, inputs: tf.Tensor, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        weights = weights / tf.reduce_sum(weights)
+        weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
         if self.weight_sharing is WeightSharing.REDUCE:
             inputs = tf.reduce_mean(inputs, axis=1, keepdims=True)
         shared = tf.cast(tf.shape(inputs)[1], inputs.dtype)
@@ -127,16 +128,35 @@ class KroneckerBlock(Block):
         return self._input.trace(left) * self._output.trace(right)
 
     @override
-    def refresh(self, damping: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def refresh(
+        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         left, right = self.averages()
-        ratio = trace_norm_ratio(
-            self._input.trace(left) / self._input.size,
-            self._output.trace(right) / self._output.size,
-        )
+        if ratio is None:
+            scales = self.factor_scales()
+            ratio = trace_norm_ratio(
+                scales.input_trace / scales.input_size,
+                scales.output_trace / scales.output_size,
+            )
         root = tf.sqrt(tf.cast(damping, left.dtype))
-        retries, failures = self._input.refresh(left, ratio * root)
-        more_retries, more_failures = self._output.refresh(right, root / ratio)
-        return retries + more_retries, failures + more_failures
+        first = self._input.invert(left, ratio * root)
+        second = self._output.invert(right, root / ratio)
+        # Both factors or neither: one half of a stale pair fits no λ.
+        succeeded = first.succeeded & second.succeeded
+        self._input.store(first.inverse, succeeded)
+        self._output.store(second.inverse, succeeded)
+        retries = first.retries + second.retries
+        return retries, tf.cast(~succeeded, tf.int32)
+
+    @override
+    def factor_scales(self) -> FactorScales:
+        left, right = self.averages()
+        return FactorScales(
+            self._input.trace(left),
+            self._input.size,
+            self._output.trace(right),
+            self._output.size,
+        )
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
@@ -188,10 +208,12 @@ class _Factor(abc.ABC):
         """Returns the trace of the factor."""
 
     @abc.abstractmethod
-    def refresh(
-        self, average: tf.Tensor, damping: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Recomputes the damped inverse; returns retries and failures."""
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        """Returns the damped inverse of the factor."""
+
+    def store(self, inverse: tf.Tensor, succeeded: tf.Tensor) -> None:
+        """Keeps an inverse, if it is a good one."""
+        self.inverse.assign(tf.where(succeeded, inverse, self.inverse.value))
 
     @abc.abstractmethod
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
@@ -209,14 +231,6 @@ class _Factor(abc.ABC):
     def describe(self) -> str:
         """Returns the factor in a few characters."""
 
-    def _store(
-        self, inverse: tf.Tensor, succeeded: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Keeps the last good inverse where the new one failed."""
-        kept = tf.where(succeeded, inverse, self.inverse.value)
-        self.inverse.assign(kept)
-        return tf.constant(0, tf.int32), tf.cast(~succeeded, tf.int32)
-
 
 class _DenseFactor(_Factor):
     @property
@@ -230,12 +244,8 @@ class _DenseFactor(_Factor):
     def trace(self, average: tf.Tensor) -> tf.Tensor:
         return tf.linalg.trace(average)
 
-    def refresh(
-        self, average: tf.Tensor, damping: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        result = damped_inverse(average, damping)
-        _, failures = self._store(result.inverse, result.succeeded)
-        return result.retries, failures
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        return damped_inverse(average, damping)
 
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
         return tf.matmul(self.inverse.value, matrix)
@@ -261,12 +271,8 @@ class _DiagonalFactor(_Factor):
     def trace(self, average: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(average)
 
-    def refresh(
-        self, average: tf.Tensor, damping: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        inverse = tf.math.reciprocal(average + damping)
-        finite = tf.math.is_finite(tf.reduce_sum(inverse))
-        return self._store(inverse, finite)
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        return _reciprocal(average + damping)
 
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
         return self.inverse.value[:, tf.newaxis] * matrix
@@ -294,11 +300,8 @@ class _ScalarFactor(_Factor):
     def trace(self, average: tf.Tensor) -> tf.Tensor:
         return self.size * average
 
-    def refresh(
-        self, average: tf.Tensor, damping: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        inverse = tf.math.reciprocal(average + damping)
-        return self._store(inverse, tf.math.is_finite(inverse))
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        return _reciprocal(average + damping)
 
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
         return self.inverse.value * matrix
@@ -311,3 +314,9 @@ class _ScalarFactor(_Factor):
 
     def describe(self) -> str:
         return f"scalar {self.size}"
+
+
+def _reciprocal(values: tf.Tensor) -> DampedInverse:
+    inverse = tf.math.reciprocal(values)
+    finite = tf.math.is_finite(tf.reduce_sum(inverse))
+    return DampedInverse(inverse, tf.constant(0, tf.int32), finite)

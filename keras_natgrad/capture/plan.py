@@ -84,12 +84,15 @@ class Plan:
         )
 
 
-def make_plan(model: keras.Model, variables: Sequence[Any]) -> Plan:
+def make_plan(
+    model: keras.Model, variables: Sequence[Any], exclude: Sequence[str] = ()
+) -> Plan:
     """Plans the capture of a built model.
 
     Args:
         model: A built `keras.Model`.
         variables: The variables that the optimizer trains, in its order.
+        exclude: Names or paths of layers that are not to be captured.
 
     Returns:
         The `Plan`. A layer is captured when all variables of its linear map
@@ -103,7 +106,7 @@ def make_plan(model: keras.Model, variables: Sequence[Any]) -> Plan:
             if id(variable) in positions:
                 owners[positions[id(variable)]] = type(layer).__name__
         spec = linear_map(layer)
-        if spec is None:
+        if spec is None or layer.name in exclude or layer.path in exclude:
             continue
         found = tuple(positions.get(id(v), -1) for v in spec.variables)
         if min(found) < 0:  # Frozen, or trained by another optimizer.

@@ -19,11 +19,14 @@ class LayerRecord:
     Attributes:
         layer: The layer.
         inputs: Its raw inputs, one per use of the layer.
+        lost: Whether it was called, but in a graph of its own, where nothing
+            can be sent back to it.
         preactivations: Its pre-activations `z`, one per use.
     """
 
     def __init__(self, layer: keras.layers.Layer) -> None:
         self.layer = layer
+        self.lost = False
         self.inputs: list[tf.Tensor] = []
         self.preactivations: list[tf.Tensor] = []
 
@@ -34,27 +37,30 @@ class LayerRecord:
         assert spec is not None, self.layer.path
         return spec
 
-    def canonical_inputs(self, dtype: Any) -> tf.Tensor:
+    def canonical_inputs(self, dtype: Any, batch: tf.Tensor) -> tf.Tensor:
         """Returns `ā`, `[batch, shared, rows]`, homogeneous if biased.
 
         Several uses of the layer count as more shared positions.
         """
         if not self.inputs:  # The layer took no part in this pass.
-            return tf.zeros([1, 1, self.spec.layout.rows], dtype)
+            return tf.zeros([batch, 1, self.spec.layout.rows], dtype)
         parts = [tf.cast(self.spec.inputs(a), dtype) for a in self.inputs]
         merged = parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
-        merged = tf.stop_gradient(merged)
+        merged = tf.stop_gradient(_unfold(merged, batch))
         if self.spec.layout.bias_shape is None:
             return merged
         ones = tf.ones_like(merged[..., :1])
         return tf.concat([merged, ones], axis=-1)
 
     def canonical_cotangents(
-        self, cotangents: Sequence[tf.Tensor | None], dtype: Any
+        self,
+        cotangents: Sequence[tf.Tensor | None],
+        dtype: Any,
+        batch: tf.Tensor,
     ) -> tf.Tensor:
         """Returns `g`, `[batch, shared, columns]`, from one per use."""
         if not self.preactivations:
-            return tf.zeros([1, 1, self.spec.layout.columns], dtype)
+            return tf.zeros([batch, 1, self.spec.layout.columns], dtype)
         parts = [
             tf.cast(
                 self.spec.cotangents(tf.zeros_like(z) if g is None else g),
@@ -62,7 +68,16 @@ class LayerRecord:
             )
             for g, z in zip(cotangents, self.preactivations, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
+        merged = parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
+        return _unfold(merged, batch)
+
+
+def _unfold(tensor: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
+    """Takes positions out of a batch axis that they were folded into.
+
+    A model may reshape `[batch, T, n]` to `[batch · T, n]` before a layer.
+    """
+    return tf.reshape(tensor, [batch, -1, tensor.shape[-1]])
 
 
 class Taps:
@@ -164,5 +179,6 @@ def _drop_foreign(record: LayerRecord) -> None:
             else z.graph is graph
         )
     ]
+    record.lost = bool(record.inputs) and not kept
     record.inputs = [a for a, _ in kept]
     record.preactivations = [z for _, z in kept]

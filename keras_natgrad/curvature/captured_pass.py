@@ -52,8 +52,9 @@ class CapturedPass:
         self.captured = [entry for entry in entries if entry.layer is not None]
         self.fallbacks = [entry for entry in entries if entry.layer is None]
         self.variables = list(variables)
+        self._batch = tf.shape(self.terms[0].outputs)[0]
         self.inputs = [
-            record.canonical_inputs(entry.block.dtype)
+            record.canonical_inputs(entry.block.dtype, self._batch)
             for entry, record in zip(self.captured, self._records, strict=True)
         ]
         self.weights = example_weights(terms)
@@ -67,7 +68,7 @@ class CapturedPass:
             output_gradients=list(cotangents),
         )
         canonical = [
-            record.canonical_cotangents(g, entry.block.dtype)
+            record.canonical_cotangents(g, entry.block.dtype, self._batch)
             for entry, record, g in zip(
                 self.captured, self._records, gradients, strict=True
             )

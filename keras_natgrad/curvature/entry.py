@@ -33,18 +33,26 @@ class BlockOptions:
         weight_sharing: `"expand"` or `"reduce"`, for Kronecker factors.
         max_factor_size: Largest side of a dense Kronecker factor.
         fallback: `"diagonal"` or `"first_order"`, for the rest.
+        damping_split: `"layer"` or `"global"`, how Kronecker factors share
+            the damping.
     """
 
     block: str = "kronecker"
     weight_sharing: str = "expand"
     max_factor_size: int = 4096
     fallback: str = "diagonal"
+    damping_split: str = "layer"
 
     def __post_init__(self) -> None:
         if self.fallback not in _FALLBACKS:
             raise ValueError(
                 f"`fallback` must be one of {sorted(_FALLBACKS)}. "
                 f"Received: fallback={self.fallback!r}"
+            )
+        if self.damping_split not in ("layer", "global"):
+            raise ValueError(
+                "`damping_split` must be 'layer' or 'global'. "
+                f"Received: damping_split={self.damping_split!r}"
             )
         if self.weight_sharing not in ("expand", "reduce"):
             raise ValueError(

@@ -16,6 +16,10 @@ from keras_natgrad.curvature.cotangents import (
     random_cotangents,
 )
 from keras_natgrad.curvature.entry import BlockOptions, Entry, make_entries
+from keras_natgrad.linalg import trace_norm_ratio
+
+# Share of the damping that goes to the input factors, see `_global_ratio`.
+_GLOBAL_RATIO = 0.2
 
 Statistics = list[tuple[tf.Tensor, ...]]
 
@@ -44,6 +48,7 @@ class BlockDiagonal:
         self.plan = plan
         self.entries: list[Entry] = make_entries(plan, shapes, options)
         self._variable_count = len(shapes)
+        self._split_globally = options.damping_split == "global"
 
     @property
     def captured(self) -> list[Entry]:
@@ -168,14 +173,34 @@ class BlockDiagonal:
         Returns:
             Raised dampings and failed factorisations, int32 scalars.
         """
+        ratio = self._global_ratio() if self._split_globally else None
         retries = tf.constant(0, tf.int32)
         failures = tf.constant(0, tf.int32)
         for entry in self.entries:
             total = damping + ridge[entry.variables[0]]
-            more_retries, more_failures = entry.block.refresh(total)
+            more_retries, more_failures = entry.block.refresh(total, ratio)
             retries += more_retries
             failures += more_failures
         return retries, failures
+
+    def _global_ratio(self) -> tf.Tensor | None:
+        """Returns one π for all Kronecker products of the network.
+
+        It compares the mean eigenvalues over all input and all output
+        factors: `π = k √(Σ tr A / Σ n) / √(Σ tr G / Σ m)`. With a π of its own
+        every layer is damped alike; with a common one, layers whose
+        cotangents are small are damped more. The constant k was measured.
+        """
+        scales = [entry.block.factor_scales() for entry in self.entries]
+        found = [scale for scale in scales if scale is not None]
+        if not found:
+            return None
+        left = tf.add_n([scale.input_trace for scale in found])
+        right = tf.add_n([scale.output_trace for scale in found])
+        return _GLOBAL_RATIO * trace_norm_ratio(
+            left / sum(scale.input_size for scale in found),
+            right / sum(scale.output_size for scale in found),
+        )
 
     def precondition(self, matrices: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Returns `(F + λ I)⁻¹` times a direction."""

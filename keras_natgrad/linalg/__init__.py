@@ -6,12 +6,14 @@ from keras_natgrad.linalg.kronecker import (
     trace_norm_ratio,
 )
 from keras_natgrad.linalg.psd import DampedInverse, damped_inverse, symmetrize
+from keras_natgrad.linalg.scalars import scalar
 
 __all__ = [
     "DampedInverse",
     "damped_inverse",
     "flatten_matrix",
     "kronecker_operator",
+    "scalar",
     "symmetrize",
     "trace_norm_ratio",
 ]

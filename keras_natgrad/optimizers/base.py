@@ -21,7 +21,7 @@ from keras_natgrad.capture import (
 )
 from keras_natgrad.curvature import Backward, CapturedPass, OutputTerm
 from keras_natgrad.training import install
-from keras_natgrad.training.terms import in_support, mean_terms
+from keras_natgrad.training.terms import has_weight, in_support, mean_terms
 
 _NOT_ATTACHED = (
     "This {name} optimizer is not attached to a model, so it cannot see the "
@@ -46,10 +46,12 @@ class Observation:
         terms: The network's outputs as `OutputTerm`s.
         records: One `LayerRecord` per captured layer, in plan order.
         usable: Scalar bool: all gradients finite, targets in the support.
+        surged: Scalar bool: the last step has to be taken back.
         captured: The `CapturedPass`, once `observe` has made it.
         backward: A backward pass of random cotangents, where one was made.
     """
 
+    surged: tf.Tensor
     captured: CapturedPass
     backward: Backward | None = None
 
@@ -65,6 +67,11 @@ class Observation:
         self.records = records
         self.usable = usable
 
+    @property
+    def accepted(self) -> tf.Tensor:
+        """Scalar bool: the batch enters the statistics and makes a step."""
+        return self.usable & tf.logical_not(self.surged)
+
 
 class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
     """Base class of optimizers that see the layers of their model.
@@ -79,6 +86,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         self._hide("_model_reference", None)
         self._hide("_head", None)
         self._hide("_plan", None)
+        self._hide("_exclude", ())
         self._hide("_observation", None)
         self._hide("_curvature_built", False)
 
@@ -87,7 +95,12 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
 
     # -- Attaching -------------------------------------------------------
 
-    def attach(self, model: keras.Model, head: Any = None) -> Any:
+    def attach(
+        self,
+        model: keras.Model,
+        head: Any = None,
+        exclude: Sequence[str] = (),
+    ) -> Any:
         """Attaches the optimizer to the model that it trains.
 
         The model's class, layers and saved file stay as they are; an
@@ -100,6 +113,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                 the outputs parametrise, or a list or dictionary of heads
                 like the outputs. Needed where the compiled loss does not
                 tell, and in custom training loops.
+            exclude: Names or paths of layers that are not to be captured;
+                their variables get the fallback block.
 
         Returns:
             The optimizer itself.
@@ -125,6 +140,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         self._hide("_model_reference", weakref.ref(model))
         if head is not None:
             self._hide("_head", head)
+        self._hide("_exclude", tuple(exclude))
         install(model)
         if self.built and not self._curvature_built:
             self._build_curvature(_compat.optimizer_variables(self))
@@ -167,7 +183,10 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
 
     def _build_curvature(self, variables: list[Any]) -> None:
         if self._model_reference is not None:
-            self._hide("_plan", make_plan(self.attached_model(), variables))
+            self._hide(
+                "_plan",
+                make_plan(self.attached_model(), variables, self._exclude),
+            )
             _warn_of_fallbacks(self._plan, variables)
         self._hide("_curvature_built", True)
         self.build_curvature(self._plan, variables)
@@ -218,15 +237,11 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                     "model inside the tape."
                 )
             terms = mean_terms(tape.model_outputs, self._head)
-        finite = [
-            tf.math.is_finite(tf.reduce_sum(_values(gradient)))
-            for gradient in gradients
-            if gradient is not None
-        ]
-        usable = tf.reduce_all(tf.stack(finite)) & in_support(terms)
-        observation = Observation(
-            tape, terms, [tape.taps.record(layer) for layer in layers], usable
-        )
+        usable = all_finite(gradients) & in_support(terms) & has_weight(terms)
+        records = [tape.taps.record(layer) for layer in layers]
+        _check_reached(records)
+        observation = Observation(tape, terms, records, usable)
+        observation.surged = self.has_surged(observation)
         self.observe(observation)
         self._hide("_observation", observation)
 
@@ -262,15 +277,24 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
             index = _compat.variable_index(self, variable)
             aligned[index] = tf.convert_to_tensor(gradient)
 
+        accepted = observation.accepted
+        if self.gradient_accumulation_steps:
+            # An earlier batch among the accumulated ones may have been bad.
+            accepted &= all_finite(aligned)
+
         def step() -> tf.Tensor:
+            _compat.apply_weight_decay(self, trainable_variables)
             self.curvature_step(observation, aligned, learning_rate)
             return tf.constant(0)
 
         def skip() -> tf.Tensor:
-            self.count_skipped_step()
+            self.skip_step(observation)
             return tf.constant(0)
 
-        tf.cond(observation.usable, step, skip)
+        tf.cond(accepted, step, skip)
+
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        """Leaves decay to the step, which may have to be skipped."""
 
     @abc.abstractmethod
     def curvature_step(
@@ -289,8 +313,12 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         """
 
     @abc.abstractmethod
-    def count_skipped_step(self) -> None:
-        """Counts a step that was not usable."""
+    def has_surged(self, observation: Observation) -> tf.Tensor:
+        """Returns whether the last step has to be taken back."""
+
+    @abc.abstractmethod
+    def skip_step(self, observation: Observation) -> None:
+        """Deals with a batch that no step is made on."""
 
     # -- Saving ----------------------------------------------------------
 
@@ -314,10 +342,27 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         return optimizer
 
 
+def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
+    """Returns whether all gradients are finite; `None` counts as such."""
+    sums = [tf.reduce_sum(_values(g)) for g in gradients if g is not None]
+    return tf.reduce_all([tf.math.is_finite(total) for total in sums])
+
+
 def _values(gradient: Any) -> tf.Tensor:
     if isinstance(gradient, tf.IndexedSlices):
         return gradient.values
     return gradient
+
+
+def _check_reached(records: Sequence[LayerRecord]) -> None:
+    lost = [record.layer.name for record in records if record.lost]
+    if lost:
+        raise ValueError(
+            "These layers run inside a loop or a tf.function of their own, "
+            f"where their curvature cannot be reached: {lost}. Leave them out "
+            f"with `optimizer.attach(model, exclude={lost})`; they then get "
+            "the fallback block."
+        )
 
 
 def _warn_of_fallbacks(plan: Plan, variables: Sequence[Any]) -> None:

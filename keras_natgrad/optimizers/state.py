@@ -6,6 +6,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_natgrad.step.guard import SurgeGuard
+
 #: Scalars of the last step, in the order of the saved vector.
 STATISTICS = (
     "reduction_ratio",
@@ -22,6 +24,7 @@ COUNTERS = (
     "retries",
     "failures",
     "skipped",
+    "retracted",
 )
 
 
@@ -45,6 +48,30 @@ class StepState:
             name="counters",
         )
 
+        # Steps at which statistics and inverses are renewed next.
+        self.update_at, self.refresh_at = (
+            add_variable(
+                shape=(), initializer="zeros", dtype="int32", name=name
+            )
+            for name in ("update_at", "refresh_at")
+        )
+
+        # Whether the last batch was skipped, and the guard's averages.
+        self._skipped_last = add_variable(
+            shape=(), initializer="zeros", dtype="int32", name="skipped_last"
+        )
+        self.guard = SurgeGuard(add_curvature_variable)
+
+    def skipped_last(self) -> tf.Tensor:
+        """Returns whether no step was made on the last batch."""
+        return tf.equal(self._skipped_last.value, 1)
+
+    def note_skip(self, retracted: tf.Tensor) -> None:
+        """Counts a batch without a step, or a step taken back."""
+        back = tf.cast(retracted, tf.int32)
+        self.increment(skipped=1 - back, retracted=back)
+        self._skipped_last.assign(1 - back)
+
     def count(self, name: str) -> tf.Tensor:
         """Returns one counter, an int32 scalar."""
         return self._counters.value[COUNTERS.index(name)]
@@ -56,6 +83,7 @@ class StepState:
 
     def note(self, **values: tf.Tensor) -> None:
         """Overwrites scalars of the last step by name."""
+        self._skipped_last.assign(0)
         last = tf.unstack(self._last.value)
         new = [
             tf.cast(values.get(name, old), self._last.dtype)

@@ -3,15 +3,16 @@
 from keras_natgrad.step.damping import Damping, LevenbergMarquardt
 from keras_natgrad.step.damping import get as get_damping
 from keras_natgrad.step.length import StepLength, quadratic_coefficients
-from keras_natgrad.step.refresh import is_due
+from keras_natgrad.step.refresh import Refresh, is_multiple
 from keras_natgrad.step.trust_region import norm_scale
 
 __all__ = [
     "Damping",
     "LevenbergMarquardt",
+    "Refresh",
     "StepLength",
     "get_damping",
-    "is_due",
+    "is_multiple",
     "norm_scale",
     "quadratic_coefficients",
 ]

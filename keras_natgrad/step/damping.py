@@ -9,6 +9,12 @@ import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
+from keras_natgrad.linalg import scalar
+from keras_natgrad.step.refresh import check_period
+
+# Factor per adaptation of a damping that dominates the quadratic model.
+_TOO_HIGH = 0.1
+
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 @dataclass(frozen=True)
@@ -21,7 +27,9 @@ class LevenbergMarquardt:
 
     compares the true change with the quadratic model's. With ρ > ¾ the
     damping is multiplied by `decay`, with ρ < ¼ divided by it (Martens &
-    Grosse 2015, section 6.5).
+    Grosse 2015, section 6.5). A damping that holds the step back more than
+    the Fisher does, `λ ‖δ‖² > δᵀFδ`, was started too high; with ρ > ¾ it is
+    divided by ten.
 
     Args:
         initial: Damping of the first step, or `"auto"`: `relative` times
@@ -32,6 +40,9 @@ class LevenbergMarquardt:
         relative: See `initial`.
         minimum: Smallest damping, relative to the mean eigenvalue.
         maximum: Largest damping, relative to the mean eigenvalue.
+        inverse_ratio: Damping of the inverses relative to that of the
+            quadratic model. The model couples the layers and is exact, so
+            that the inverses need less.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -40,24 +51,22 @@ class LevenbergMarquardt:
     initial: float | str = "auto"
     decay: float = 0.77
     period: int = 5
-    relative: float = 1.0
-    minimum: float = 1e-6
+    relative: float = 20.0
+    minimum: float = 0.1
     maximum: float = 1e6
+    inverse_ratio: float = 0.1
 
     def __post_init__(self) -> None:
         if self.initial != "auto":
             check_positive("initial", self.initial)
         check_positive("relative", self.relative)
+        check_positive("inverse_ratio", self.inverse_ratio)
         if not 0 < self.decay < 1:
             raise ValueError(
                 "`decay` must be between 0 and 1. "
                 f"Received: decay={self.decay!r}"
             )
-        if self.period < 1:
-            raise ValueError(
-                "`period` must be a positive number of steps. "
-                f"Received: period={self.period!r}"
-            )
+        check_period("period", self.period)
         if not 0 <= self.minimum <= self.maximum:
             raise ValueError(
                 "`minimum` must lie between 0 and `maximum`. Received: "
@@ -71,18 +80,24 @@ class LevenbergMarquardt:
         return tf.constant(self.initial, mean_eigenvalue.dtype)
 
     def adapt(
-        self, damping: tf.Tensor, ratio: tf.Tensor, mean_eigenvalue: tf.Tensor
+        self,
+        damping: tf.Tensor,
+        ratio: tf.Tensor,
+        share: tf.Tensor,
+        mean_eigenvalue: tf.Tensor,
     ) -> tf.Tensor:
         """Returns the damping after seeing a reduction ratio.
 
         Args:
             damping: Scalar λ.
             ratio: Scalar ρ. A ρ that is not finite raises the damping.
+            share: Scalar `δᵀFδ / δᵀ(F + λI)δ`.
             mean_eigenvalue: Scalar, the scale of the bounds.
         """
-        decay = tf.cast(self.decay, damping.dtype)
+        decay = scalar(self.decay, damping.dtype)
         good, bad = ratio > 0.75, tf.logical_not(ratio >= 0.25)
-        factor = tf.where(good, decay, tf.where(bad, 1 / decay, 1.0))
+        down = tf.where(share < 0.5, scalar(_TOO_HIGH, decay.dtype), decay)
+        factor = tf.where(good, down, tf.where(bad, 1 / decay, 1.0))
         adapted = tf.clip_by_value(
             damping * factor,
             self.minimum * mean_eigenvalue,

@@ -9,6 +9,8 @@ import tensorflow as tf
 # Two directions whose normalised Gram determinant is below this are parallel
 # to rounding, and the second one is left out.
 _PARALLEL = 1e-6
+# Largest momentum that the quadratic model may choose.
+_MOST_MOMENTUM = 1.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,14 @@ def _both(gram: tf.Tensor, slopes: tf.Tensor) -> tf.Tensor:
             gram[0, 0] * slopes[1] - gram[0, 1] * slopes[0],
         ]
     ) / tf.where(usable, determinant, tf.ones_like(determinant))
-    return tf.where(usable, both, alone)
+    # A negative μ would undo what earlier batches agreed on, to fit this one;
+    # one above 1 would let it grow without end.
+    most = tf.constant(_MOST_MOMENTUM, gram.dtype)
+    bounded = tf.stack(
+        [-_divide(slopes[0] + gram[0, 1] * most, gram[0, 0]), most]
+    )
+    both = tf.where(both[1] > most, bounded, both)
+    return tf.where(usable & (both[1] >= 0), both, alone)
 
 
 def _divide(numerator: tf.Tensor, denominator: tf.Tensor) -> tf.Tensor:

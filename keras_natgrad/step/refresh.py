@@ -2,26 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import tensorflow as tf
 
 
-def is_due(step: tf.Tensor, period: int, dense_steps: int = 0) -> tf.Tensor:
-    """Returns whether something with a period happens at this step.
+@dataclass(frozen=True)
+class Refresh:
+    """Periods of the statistics and of the inverses, and their warm-up.
 
-    It happens at every step below `dense_steps`, and then at every step that
-    is a multiple of the period.
+    Curvature changes fastest at the start. With a `growth` the gap after
+    step t is `growth · t` steps, at least one and at most the period, so that
+    everything is renewed at every step first and at its period in the end.
 
-    Args:
-        step: Scalar integer, counted from zero.
-        period: Positive number of steps.
-        dense_steps: Number of first steps at which it always happens.
-
-    Returns:
-        Scalar bool.
+    Attributes:
+        curvature_period: Steps between updates of the statistics.
+        inverse_period: Steps between refreshes of the inverses.
+        growth: Gap per step so far, or `None` to keep to multiples of the
+            periods from the start.
     """
-    period_tensor = tf.constant(period, step.dtype)
-    on_period = tf.equal(tf.math.floormod(step, period_tensor), 0)
-    return tf.logical_or(on_period, step < tf.constant(dense_steps, step.dtype))
+
+    curvature_period: int
+    inverse_period: int
+    growth: float | None = None
+
+    def __post_init__(self) -> None:
+        check_period("curvature_update_period", self.curvature_period)
+        check_period("inverse_update_period", self.inverse_period)
+        if self.growth is not None and not self.growth > 0:
+            raise ValueError(
+                "`refresh_growth` must be a positive number or None. "
+                f"Received: refresh_growth={self.growth!r}"
+            )
+
+    def is_due(self, step: tf.Tensor, due_at: tf.Tensor) -> tf.Tensor:
+        """Returns whether a renewal due at `due_at` happens at this step."""
+        return step >= tf.cast(due_at, step.dtype)
+
+    def next_due(self, step: tf.Tensor, period: int) -> tf.Tensor:
+        """Returns the step of the next renewal, after one at `step`.
+
+        Args:
+            step: Scalar integer, counted from zero.
+            period: The period that the gap grows to.
+
+        Returns:
+            int32 scalar.
+        """
+        step = tf.cast(step, tf.int32)
+        if self.growth is None:
+            return (step // period + 1) * period
+        grown = tf.cast(self.growth * tf.cast(step, tf.float32), tf.int32)
+        return step + tf.clip_by_value(grown, 1, period)
+
+
+def is_multiple(step: tf.Tensor, period: int) -> tf.Tensor:
+    """Returns whether a step is a multiple of a period."""
+    return tf.equal(tf.math.floormod(step, tf.constant(period, step.dtype)), 0)
 
 
 def check_period(name: str, period: object) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from keras_natgrad.linalg import scalar
+
 
 def norm_scale(
     fisher_norm_squared: tf.Tensor, bound: float | tf.Tensor
@@ -22,7 +24,7 @@ def norm_scale(
     Returns:
         Scalar in (0, 1].
     """
-    bound = tf.cast(bound, fisher_norm_squared.dtype)
+    bound = scalar(bound, fisher_norm_squared.dtype)
     outside = fisher_norm_squared > bound
     safe = tf.where(outside, fisher_norm_squared, bound)
     return tf.sqrt(bound / safe)

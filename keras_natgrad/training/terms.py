@@ -91,6 +91,12 @@ def in_support(terms: Sequence[OutputTerm]) -> tf.Tensor:
     return result
 
 
+def has_weight(terms: Sequence[OutputTerm]) -> tf.Tensor:
+    """Returns whether any example of the batch counts."""
+    totals = [tf.reduce_sum(term.coefficients) for term in terms]
+    return tf.reduce_any([total > 0 for total in totals])
+
+
 def _find_head(loss: Any, head: Any, outputs: Any) -> Any:
     if head is None:
         return heads.from_loss(loss, tuple(outputs.shape))

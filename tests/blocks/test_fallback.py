@@ -69,9 +69,9 @@ def test_signs_average_to_the_diagonal(build_block):
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(4, 3, 1))
     block = build_block(GradientDiagonalBlock(BlockShape(3, 1)))
-    patterns = np.array(
-        np.meshgrid(*[[-1.0, 1.0]] * 4, indexing="ij")
-    ).reshape(4, -1)
+    patterns = np.array(np.meshgrid(*[[-1.0, 1.0]] * 4, indexing="ij")).reshape(
+        4, -1
+    )
     mean = np.mean(
         [
             block.gradient_statistics(np.tensordot(signs, gradients, 1))[0]

@@ -52,9 +52,7 @@ def test_example_without_weight_does_not_count(data, make_block):
     data.weights[2] = 0.0
     (left,) = block.input_statistics(data.inputs, data.weights)
     kept = [0, 1, 3, 4]
-    (expected,) = block.input_statistics(
-        data.inputs[kept], data.weights[kept]
-    )
+    (expected,) = block.input_statistics(data.inputs[kept], data.weights[kept])
     np.testing.assert_allclose(left, expected, rtol=1e-12)
 
 
@@ -79,6 +77,24 @@ def test_precondition_is_the_factored_inverse(
     solved = block.precondition(tf.constant(data.gradient))
     expected = np.kron(left, right) @ data.gradient.ravel()
     np.testing.assert_allclose(np.ravel(solved), expected, rtol=1e-10)
+
+
+def test_given_ratio_replaces_the_trace_norm_ratio(data, make_block, feed):
+    block = make_block("kronecker")
+    feed(block, data)
+    left, right = definition(data, "expand")
+    np.testing.assert_allclose(
+        block.trace_norm_ratio(), kfac.pi(left, right), rtol=1e-12
+    )
+    root, ratio = np.sqrt(DAMPING), tf.constant(0.25, tf.float64)
+    block.refresh(tf.constant(DAMPING, tf.float64), ratio)
+    solved = block.precondition(tf.constant(data.gradient))
+    expected = (
+        np.linalg.inv(left + 0.25 * root * np.eye(3))
+        @ data.gradient
+        @ np.linalg.inv(right + root / 0.25 * np.eye(2))
+    )
+    np.testing.assert_allclose(solved, expected, rtol=1e-10)
 
 
 def test_undamped_precondition_is_the_dense_solve(data, make_block, feed):
@@ -150,9 +166,7 @@ def test_one_sided(sides, data, make_block, feed):
     assert block.memory == 2 * (1 + (9 if sides == "input" else 4))
 
 
-def test_retries_of_a_failed_factorisation_are_counted(
-    data, make_block, feed
-):
+def test_retries_of_a_failed_factorisation_are_counted(data, make_block, feed):
     block = make_block("kronecker")
     feed(block, data)
     left = block.created["input_factor"]

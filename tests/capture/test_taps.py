@@ -60,7 +60,7 @@ def test_shared_layer_on_different_lengths():
     model = keras.Model([one, two], [tied(one), tied(tied(two))])
     randomize(model)
     (record,) = check(model, [tied], [inputs(5, 4, 3), inputs(5, 3)])
-    assert record.canonical_inputs("float64").shape == (5, 6, 4)
+    assert record.canonical_inputs("float64", 5).shape == (5, 6, 4)
 
 
 def test_functional_model_in_a_model():
@@ -91,7 +91,7 @@ def test_time_distributed_layer():
     )
     randomize(model)
     (record,) = check(model, [inner], inputs(5, 4, 2))
-    assert record.canonical_inputs("float64").shape == (5, 4, 3)
+    assert record.canonical_inputs("float64", 5).shape == (5, 4, 3)
 
 
 def attributes(layers):
@@ -155,8 +155,8 @@ def test_unused_layer_has_zero_statistics():
     with Taps([*dense_of(model), extra]) as taps:
         model(inputs(4, 3))
     record = taps.record(extra)
-    assert record.canonical_inputs("float64").shape == (1, 1, 4)
-    assert record.canonical_cotangents([], "float64").shape == (1, 1, 5)
+    assert record.canonical_inputs("float64", 5).shape == (1, 1, 4)
+    assert record.canonical_cotangents([], "float64", 5).shape == (1, 1, 5)
 
 
 def test_only_tensors_of_the_current_graph_are_kept():
@@ -184,7 +184,7 @@ def test_traced_pass_equals_the_eager_one():
         record = taps.record(layers[0])
         cotangents = tape.gradient(loss, list(record.preactivations))
         return (
-            record.canonical_inputs("float64"),
+            record.canonical_inputs("float64", 5),
             record.canonical_cotangents(cotangents, "float64"),
         )
 

@@ -53,9 +53,7 @@ class Recorded:
         ):
             c = rng.uniform(0.2, 1.0, size=tuple(eta.shape[:-1]))
             y = None if targets is None else targets[index]
-            self.terms.append(
-                OutputTerm(eta, HEADS[name], tf.constant(c), y)
-            )
+            self.terms.append(OutputTerm(eta, HEADS[name], tf.constant(c), y))
             flat = c.reshape(len(c), -1)
             dense = None
             if y is not None:

@@ -54,7 +54,9 @@ def test_signs_average_to_the_weighted_fisher(head):
     total = 0.0
     patterns = list(itertools.product([-1.0, 1.0], repeat=4))
     for signs in patterns:
-        u = term.cotangent(tf.reshape(tf.constant(signs, tf.float64), [1, 2, 2]))
+        u = term.cotangent(
+            tf.reshape(tf.constant(signs, tf.float64), [1, 2, 2])
+        )
         total += tf.einsum("npk,nqj->npqkj", u, u).numpy() / len(patterns)
     for p, q in itertools.product(range(2), repeat=2):
         expected = fisher_of(term)[:, p] if p == q else 0.0
@@ -102,9 +104,7 @@ def test_empirical_is_the_signed_score():
 
 def test_terms_have_independent_signs():
     terms = [make_term(heads.Normal(1.0), (64, 4)) for _ in range(2)]
-    first, second = random_cotangents(
-        terms, "propagated", tf.constant([0, 0])
-    )
+    first, second = random_cotangents(terms, "propagated", tf.constant([0, 0]))
     product = np.sign(first) * np.sign(second)
     assert abs(product.mean()) < 0.3  # 256 signs, five standard errors
 

@@ -25,9 +25,7 @@ def two_heads():
     hidden = trunk(source)
     model = keras.Model(source, [first(hidden), second(hidden)])
     randomize(model)
-    network = network_of(
-        [trunk, first, second], sources={2: 1}, outputs=(2, 3)
-    )
+    network = network_of([trunk, first, second], sources={2: 1}, outputs=(2, 3))
     return model, network
 
 
@@ -55,9 +53,7 @@ def test_exact_statistics(name, head, record):
     recorded = record(model, x, [head], **options_of(name))
     trace = network_of(model.layers).trace(x)
     for parameter, block in enumerate(recorded.update("exact")):
-        expected = exact_block(
-            trace, recorded.reference_terms, parameter, name
-        )
+        expected = exact_block(trace, recorded.reference_terms, parameter, name)
         np.testing.assert_allclose(
             block.to_dense(), expected, rtol=1e-10, atol=1e-13
         )
@@ -70,9 +66,7 @@ def test_exact_statistics_of_sequences(name, pool, record):
     recorded = record(model, x, ["categorical"], **options_of(name))
     trace = network_of(model.layers).trace(x)
     for parameter, block in enumerate(recorded.update("exact")):
-        expected = exact_block(
-            trace, recorded.reference_terms, parameter, name
-        )
+        expected = exact_block(trace, recorded.reference_terms, parameter, name)
         np.testing.assert_allclose(
             block.to_dense(), expected, rtol=1e-10, atol=1e-13
         )
@@ -87,9 +81,7 @@ def test_exact_statistics_of_two_heads(name, record):
     )
     trace = network.trace(x)
     for parameter, block in enumerate(recorded.update("exact")):
-        expected = exact_block(
-            trace, recorded.reference_terms, parameter, name
-        )
+        expected = exact_block(trace, recorded.reference_terms, parameter, name)
         np.testing.assert_allclose(
             block.to_dense(), expected, rtol=1e-10, atol=1e-13
         )
@@ -114,9 +106,7 @@ def test_all_signs_average_to_the_exact_statistics(name, record):
             total[index] += statistic.numpy() / len(patterns)
     exact = recorded.statistics("exact")
     for mean, statistics in zip(total, exact, strict=True):
-        np.testing.assert_allclose(
-            mean, statistics[-1], rtol=1e-11, atol=1e-14
-        )
+        np.testing.assert_allclose(mean, statistics[-1], rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", ["propagated", "sampled"])
@@ -148,9 +138,7 @@ def test_empirical_is_its_definition(head, record):
     recorded = record(model, x, [head], targets=[targets], block="full")
     trace = network_of(model.layers).trace(x)
     for parameter, block in enumerate(recorded.update("empirical")):
-        expected = fisher.empirical(
-            trace, recorded.reference_terms, parameter
-        )
+        expected = fisher.empirical(trace, recorded.reference_terms, parameter)
         np.testing.assert_allclose(
             block.to_dense(), expected, rtol=1e-10, atol=1e-13
         )

@@ -64,9 +64,7 @@ def test_gram_is_the_dense_product(mode, head, float64):
         [Term(head, weights[:, None])],
     )
     stacked = np.stack([flat(d) for d in directions])
-    np.testing.assert_allclose(
-        gram(x), stacked @ dense @ stacked.T, rtol=1e-10
-    )
+    np.testing.assert_allclose(gram(x), stacked @ dense @ stacked.T, rtol=1e-10)
 
 
 def test_gram_of_two_heads_couples_all_layers(record):
@@ -105,9 +103,7 @@ def test_jacobian_vector_products(pool, record):
         np.einsum("npkrm,rm->npk", trace.parameter_jacobian(i), part)
         for i, part in enumerate(parts)
     )
-    np.testing.assert_allclose(
-        found, expected.reshape(found.shape), rtol=1e-11
-    )
+    np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=1e-11)
 
 
 def test_gram_with_a_variable_without_gradient(record):
@@ -231,8 +227,7 @@ def test_gram_in_half_precision_is_computed_in_float32():
         outputs = model(x)
     term = OutputTerm(outputs, heads.Categorical(), tf.fill([5], 0.2))
     directions = [
-        [tf.ones(v.shape) for v in model.trainable_variables]
-        for _ in range(2)
+        [tf.ones(v.shape) for v in model.trainable_variables] for _ in range(2)
     ]
     gram = fisher_gram(
         tape,

@@ -26,7 +26,12 @@ pytestmark = pytest.mark.usefixtures("float64")
 RTOL = 1e-9
 BATCH = 6
 MODEL_RULE = LevenbergMarquardt(
-    relative=0.5, decay=0.75, period=2, minimum=1e-6, maximum=1e6
+    relative=0.5,
+    decay=0.75,
+    period=2,
+    minimum=1e-6,
+    maximum=1e6,
+    inverse_ratio=0.5,
 )
 DEFAULTS = Settings(
     learning_rate=None, momentum=None, damping=MODEL_RULE, factor_decay=0.75
@@ -50,6 +55,8 @@ def make_optimizer(settings, **kwargs):
         curvature_update_period=settings.curvature_period,
         inverse_update_period=settings.inverse_period,
         quadratic_model="exact",
+        damping_split="layer",
+        refresh_growth=None,
         norm_constraint=settings.norm_constraint,
         block="kronecker",
         weight_sharing=settings.weight_sharing,
@@ -141,10 +148,11 @@ def check_steps(
         output_positions = None
     else:
         output_positions = positions
+    # Similar batches, so that no step looks as if it had gone wrong.
+    base = rng.normal(size=(BATCH, *model.input_shape[1:]))
+    y = make_targets(rng, loss, model.output_shape[-1], output_positions)
     for _ in range(steps):
-        shape = model.input_shape[1:]
-        x = rng.normal(size=(BATCH, *shape))
-        y = make_targets(rng, loss, model.output_shape[-1], output_positions)
+        x = base + 0.1 * rng.normal(size=base.shape)
         w = rng.uniform(0.2, 2.0, size=BATCH) if sample_weight else None
         term = LOSSES[loss][1](y, np.ones(BATCH) if w is None else w)
         model.train_on_batch(x, y, sample_weight=w)
@@ -248,6 +256,21 @@ def test_decimal_damping_decay_and_norm_constraint():
     rule = dataclasses.replace(MODEL_RULE, decay=0.77, period=1)
     settings = dataclasses.replace(DEFAULTS, damping=rule, norm_constraint=0.01)
     check_steps(mlp([3, 4, 3]), settings, "categorical")
+
+
+def test_batch_without_any_weight_leaves_no_trace():
+    """A batch of padding, such as the rest of an epoch, harms nothing."""
+    rng = np.random.default_rng(0)
+    model = mlp([3, 4, 3])
+    optimizer = make_optimizer(DEFAULTS).attach(model)
+    model.compile(optimizer, loss="mse", run_eagerly=True)
+    for weight in (1.0, 0.0, 1.0, 1.0):
+        x, y = rng.normal(size=(BATCH, 3)), rng.normal(size=(BATCH, 3))
+        model.train_on_batch(x, y, sample_weight=np.full(BATCH, weight))
+    assert all(np.all(np.isfinite(v)) for v in model.trainable_variables)
+    assert np.isfinite(optimizer.statistics["damping"])
+    assert np.isfinite(float(optimizer.curvature.mean_eigenvalue()))
+    assert optimizer.statistics["failures"] == 0
 
 
 def test_traced_steps():

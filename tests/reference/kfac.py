@@ -138,7 +138,9 @@ class Average:
         weights = self.decay**age
         return sum(
             w * value
-            for w, value in zip(weights / weights.sum(), self.values)
+            for w, value in zip(
+                weights / weights.sum(), self.values, strict=True
+            )
         )
 
 
@@ -151,6 +153,7 @@ class LevenbergMarquardt:
     period: int
     minimum: float
     maximum: float
+    inverse_ratio: float = 1.0
 
 
 @dataclass
@@ -201,9 +204,7 @@ class ReferenceKFAC:
             ridge[-1] = 2.0 * self.settings.l2_bias
         return ridge
 
-    def _loss(
-        self, network: Network, x: Array, terms: Sequence[Term]
-    ) -> float:
+    def _loss(self, network: Network, x: Array, terms: Sequence[Term]) -> float:
         penalty = sum(
             0.5 * np.sum(self._ridge(i) * m**2)
             for i, m in enumerate(network.matrices)
@@ -218,14 +219,20 @@ class ReferenceKFAC:
 
     def _refresh(self) -> None:
         """The block's damping includes the regularizer of its kernel."""
-        ridge = 2.0 * self.settings.l2_kernel
+        damping, rule = self.damping, self.settings.damping
+        if isinstance(rule, LevenbergMarquardt):
+            damping = damping * rule.inverse_ratio
+        damping = damping + 2.0 * self.settings.l2_kernel
         self.inverses = [
-            factored_inverses(a.mean(), g.mean(), self.damping + ridge)
+            factored_inverses(a.mean(), g.mean(), damping)
             for a, g in self.averages
         ]
 
     def _choose(self, gram: Array, slopes: Array) -> Array:
-        """Minimises `bᵀc + ½ cᵀQc` over the free coefficients."""
+        """Minimises `bᵀc + ½ cᵀQc` over the free coefficients.
+
+        With both free, a momentum that would be negative is zero instead.
+        """
         rate, momentum = self.settings.learning_rate, self.settings.momentum
         fixed = np.array([rate, momentum], dtype=object)
         free = [i for i in range(2) if fixed[i] is None]
@@ -235,6 +242,8 @@ class ReferenceKFAC:
         if free:
             rest = slopes[free] + gram[np.ix_(free, range(2))] @ c
             c[free] = -np.linalg.solve(gram[np.ix_(free, free)], rest)
+        if len(free) == 2 and c[1] < 0.0:
+            return np.array([-slopes[0] / gram[0, 0], 0.0])
         return c
 
     def step(self, x: Array, terms: Sequence[Term]) -> list[Array]:
@@ -299,14 +308,19 @@ class ReferenceKFAC:
             and self.iteration % rule.period == 0
         ):
             change = self._loss(self.network, x, terms) - before
-            self._adapt(rule, change / (slopes @ c + 0.5 * c @ damped @ c))
+            model = slopes @ c + 0.5 * c @ damped @ c
+            share = (c @ gram @ c) / (c @ damped @ c)
+            self._adapt(rule, change / model, share)
         self.iteration += 1
         return new
 
-    def _adapt(self, rule: LevenbergMarquardt, ratio: float) -> None:
+    def _adapt(
+        self, rule: LevenbergMarquardt, ratio: float, share: float
+    ) -> None:
+        """A damping that dominates the model falls to a tenth at once."""
         self.ratio = ratio
         if ratio > 0.75:
-            self.damping *= rule.decay
+            self.damping *= 0.1 if share < 0.5 else rule.decay
         elif ratio < 0.25:
             self.damping /= rule.decay
         else:

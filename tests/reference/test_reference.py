@@ -88,7 +88,9 @@ def test_gradient_is_the_derivative_of_the_loss(rng):
     network = make_network(rng)
     x = rng.normal(size=(2, 3, 3))
     terms = [
-        Term("bernoulli", rng.uniform(size=(2, 1)), rng.uniform(size=(2, 1, 2))),
+        Term(
+            "bernoulli", rng.uniform(size=(2, 1)), rng.uniform(size=(2, 1, 2))
+        ),
         Term("normal", rng.uniform(size=(2, 3)), rng.normal(size=(2, 3, 3))),
     ]
     trace = network.trace(x)

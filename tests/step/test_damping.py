@@ -20,11 +20,13 @@ RULE = LevenbergMarquardt(
 )
 
 
-def adapt(ratio, damping=1.0, mean_eigenvalue=1.0, rule=RULE, dtype="float64"):
+def adapt(ratio, damping=1.0, mean_eigenvalue=1.0, rule=RULE, share=1.0):
+    dtype = "float64"
     return float(
         rule.adapt(
             tf.constant(damping, dtype),
             tf.constant(ratio, dtype),
+            tf.constant(share, dtype),
             tf.constant(mean_eigenvalue, dtype),
         )
     )
@@ -54,7 +56,7 @@ def test_rule_table(ratio, factor):
 def test_rule_under_xla(ratio):
     def call(ratio):
         one = tf.constant(1.0, tf.float64)
-        return RULE.adapt(0.125 * one, ratio, one)
+        return RULE.adapt(0.125 * one, ratio, one, one)
 
     compiled = tf.function(call, jit_compile=True)
     value = tf.constant(ratio, tf.float64)
@@ -64,6 +66,21 @@ def test_rule_under_xla(ratio):
 def test_bounds_are_relative_to_the_mean_eigenvalue():
     assert adapt(1.0, damping=0.015, mean_eigenvalue=10.0) == 0.01
     assert adapt(0.0, damping=9e3, mean_eigenvalue=10.0) == 1e4
+
+
+@pytest.mark.parametrize(
+    ("ratio", "share", "factor"),
+    [
+        (1.0, 0.5, 0.5),
+        (1.0, 0.49, 0.1),
+        (0.5, 0.1, 1.0),
+        (0.1, 0.1, 2.0),
+        (math.nan, math.nan, 2.0),
+    ],
+)
+def test_dominant_damping_falls_to_a_tenth(ratio, share, factor):
+    found = adapt(ratio, share=share)
+    assert found == pytest.approx(factor, rel=1e-15)
 
 
 def test_damping_outside_the_bounds_stays_while_the_ratio_is_fair():
@@ -78,9 +95,9 @@ def test_scale_of_the_loss_does_not_matter(scale):
     assert scaled == scale * first
     for ratio in (0.0, 0.5, 1.0):
         for damping in (1e-4, 1.0, 1e4):
-            assert adapt(
-                ratio, damping * scale, 0.75 * scale
-            ) == pytest.approx(scale * adapt(ratio, damping, 0.75), rel=1e-14)
+            assert adapt(ratio, damping * scale, 0.75 * scale) == pytest.approx(
+                scale * adapt(ratio, damping, 0.75), rel=1e-14
+            )
 
 
 def test_start():
@@ -102,7 +119,7 @@ def test_dtype_is_kept(dtype):
     mean = tf.constant(1.0, dtype)
     for rule in (RULE, LevenbergMarquardt(initial=0.1)):
         assert rule.start(mean).dtype == dtype
-        assert rule.adapt(mean, mean, mean).dtype == dtype
+        assert rule.adapt(mean, mean, mean, mean).dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -111,6 +128,7 @@ def test_dtype_is_kept(dtype):
         ({"initial": 0.0}, "`initial` must be a positive number"),
         ({"initial": "large"}, "`initial` must be a positive number"),
         ({"relative": -1.0}, "`relative` must be a positive number"),
+        ({"inverse_ratio": 0.0}, "`inverse_ratio` must be a positive"),
         ({"decay": 1.0}, "`decay` must be between 0 and 1"),
         ({"decay": 0.0}, "`decay` must be between 0 and 1"),
         ({"period": 0}, "`period` must be a positive number of steps"),

@@ -6,11 +6,11 @@ import pytest
 import tensorflow as tf
 
 from keras_natgrad.step.directions import (
-    combine,
     dot,
     l2_curvature,
     pad_gram,
     pad_pair,
+    ridge_gram,
 )
 
 
@@ -33,14 +33,28 @@ def test_dot(directions):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_combine(directions, count):
-    coefficients = tf.constant([2.0, -0.5], tf.float64)
-    result = combine(coefficients, directions[:count])
-    expected = sum(
-        c * flat(d) for c, d in zip([2.0, -0.5], directions[:count])
+@pytest.mark.parametrize("ridge", ["none", "floats", "columns"])
+def test_ridge_gram(directions, count, ridge):
+    """`δᵀ (λ + R) δ` with R per block, or per row of a block."""
+    values = {
+        "none": [0.0, 0.0],
+        "floats": [0.5, 0.0],
+        "columns": [np.array([[0.5], [0.25]]), 0.0],
+    }[ridge]
+    directions = [[part[0], part[1][:, None]] for part in directions]
+    found = ridge_gram(directions[:count], tf.constant(0.3, tf.float64), values)
+    diagonal = np.concatenate(
+        [
+            np.ravel(0.3 + np.broadcast_to(value, part.shape))
+            for value, part in zip(values, directions[0], strict=True)
+        ]
     )
-    np.testing.assert_allclose(flat(result), expected)
-    assert [part.shape for part in result] == [(2, 3), (3,)]
+    stacked = np.zeros((2, len(diagonal)))
+    for row, direction in enumerate(directions[:count]):
+        stacked[row] = flat(direction)
+    np.testing.assert_allclose(
+        found, (stacked * diagonal) @ stacked.T, rtol=1e-12
+    )
 
 
 def test_padding():

@@ -19,7 +19,8 @@ def random_model(seed):
     basis = rng.normal(size=(2, 5))
     root = rng.normal(size=(5, 5))
     gram = basis @ (root @ root.T + 0.1 * np.eye(5)) @ basis.T
-    return gram, basis @ rng.normal(size=5)
+    # Slopes whose minimum has a positive momentum.
+    return gram, -gram @ rng.uniform(0.2, 1.0, size=2)
 
 
 def choose(gram, slopes, automatic, momentum, rate=RATE):
@@ -87,6 +88,14 @@ def test_scale_of_the_previous_update_does_not_matter(scale):
     change = np.diag([1.0, scale])
     found = choose(change @ gram @ change, change @ slopes, True, None)
     np.testing.assert_allclose(found, expected / [1.0, scale], rtol=1e-9)
+
+
+def test_negative_momentum_is_left_out():
+    """When both are free; the rate is then the best one alone."""
+    gram = np.array([[2.0, 0.5], [0.5, 1.0]])
+    slopes = -gram @ [0.5, -0.25]
+    found = choose(gram, slopes, True, None)
+    np.testing.assert_allclose(found, [-slopes[0] / 2.0, 0.0])
 
 
 def test_zero_model_gives_zero():

@@ -1,0 +1,431 @@
+"""Optimizers that precondition layer by layer: one step of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from typing_extensions import override
+
+from keras_natgrad import _compat
+from keras_natgrad.capture import Plan
+from keras_natgrad.curvature import (
+    BlockDiagonal,
+    BlockOptions,
+    CapturedPass,
+    estimated_gram,
+    fisher_gram,
+    random_cotangents,
+)
+from keras_natgrad.optimizers.base import CurvatureOptimizer, Observation
+from keras_natgrad.optimizers.state import StepState
+from keras_natgrad.optimizers.summary import render_table
+from keras_natgrad.step import (
+    Damping,
+    LevenbergMarquardt,
+    Refresh,
+    StepLength,
+    is_multiple,
+    norm_scale,
+    quadratic_coefficients,
+)
+from keras_natgrad.step.directions import (
+    dot,
+    l2_curvature,
+    pad_gram,
+    pad_pair,
+    ridge_gram,
+)
+from keras_natgrad.step.length import model_change, quadratic_form
+from keras_natgrad.step.update import apply_update
+
+# Examples of a batch that the estimated quadratic model looks at.
+_MODEL_EXAMPLES = 256
+# Factor of the damping after a step that made the loss surge.
+_RETRACTION = 10.0
+
+
+class SolvedModel(NamedTuple):
+    """What the quadratic model says of the chosen update δ.
+
+    Attributes:
+        change: Predicted change of the loss.
+        fisher_share: `δᵀFδ / δᵀ(F + λI)δ`, in [0, 1].
+    """
+
+    change: tf.Tensor
+    fisher_share: tf.Tensor
+
+
+class PreconditionedOptimizer(CurvatureOptimizer):
+    """Base class of optimizers with one Fisher block per layer.
+
+    A subclass sets the settings below in its constructor; what happens in a
+    step is here, and is the same for every kind of block.
+
+    Attributes:
+        fisher: One of `FISHER_KINDS`.
+        factor_decay: Decay of the running averages.
+        refresh: `Refresh`, the periods.
+        length: `StepLength`.
+        damping: `Damping`.
+        block_options: `BlockOptions`.
+        quadratic_model: `"exact"` or `"estimated"`.
+        norm_constraint: Largest `δᵀFδ`, or `None`.
+        log_statistics: Whether `fit` logs the statistics.
+        seed: Seed of the random cotangents.
+        curvature: `BlockDiagonal`, once built.
+        state: `StepState`, once built.
+    """
+
+    fisher: str
+    factor_decay: float
+    refresh: Refresh
+    length: StepLength
+    damping: Damping
+    block_options: BlockOptions
+    quadratic_model: str
+    norm_constraint: float | None
+    log_statistics: bool
+    seed: int
+    curvature: BlockDiagonal
+    state: StepState
+
+    # -- State -----------------------------------------------------------
+
+    @override
+    def build_curvature(self, plan: Plan, variables: list[Any]) -> None:
+        shapes = [tuple(v.shape) for v in variables]
+        self._hide("curvature", BlockDiagonal(plan, shapes, self.block_options))
+        add = self.add_curvature_variable
+        self._hide("state", StepState(add, self.add_variable))
+        names = [
+            f"{i}_{variable.path.replace('/', '_')}"
+            for i, variable in enumerate(variables)
+        ]
+        self.curvature.build(names, add)
+        velocities = []
+        if self.length.momentum != 0:
+            velocities = [
+                add(f"{name}_velocity", shape, "zeros")
+                for name, shape in zip(names, shapes, strict=True)
+            ]
+        self._hide("_velocities", velocities)
+        ridge = [l2_curvature(variable.regularizer) for variable in variables]
+        self._hide("_ridge", ridge)
+        self._hide("_ridge_rows", ridge_rows(self.curvature.entries, ridge))
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """What happened so far, as Python numbers.
+
+        Damping, reduction ratio, predicted loss change, learning rate,
+        momentum and norms of the last step; counts of batches, updates of
+        the statistics, refreshes of the inverses, dampings raised by a failed
+        factorisation, factorisations given up, and steps skipped.
+        """
+        return self.state.to_dict() if self._curvature_built else {}
+
+    def summary(self, print_fn: Any = None) -> None:
+        """Prints what each layer got: block, shapes, memory, approximation.
+
+        Args:
+            print_fn: Function that prints one string. Defaults to `print`.
+        """
+        if not self._curvature_built:
+            self.build(self.attached_model().trainable_variables)
+        variables = _compat.optimizer_variables(self)
+        (print_fn or print)(render_table(self.curvature, variables))
+
+    # -- One step --------------------------------------------------------
+
+    @override
+    @property
+    def needs_objective(self) -> bool:
+        return isinstance(self.damping, LevenbergMarquardt)
+
+    @override
+    def step_logs(self) -> dict[str, tf.Tensor]:
+        if not self.log_statistics:
+            return {}
+        tensors = self.state.to_tensors()
+        return {f"{self.name}_{key}": value for key, value in tensors.items()}
+
+    @override
+    def observe(self, observation: Observation) -> None:
+        variables = _compat.optimizer_variables(self)
+        captured = CapturedPass(
+            observation.tape.gradient_tape,
+            observation.terms,
+            observation.records,
+            self.curvature.entries,
+            [variable.value for variable in variables],
+        )
+        observation.captured = captured
+        batches = self.state.count("batches")
+        seed = tf.stack([tf.constant(self.seed, tf.int32), batches])
+        if self._estimates_model:
+            # The quadratic model needs this pass at every step; an update of
+            # the statistics then shares it.
+            observation.backward = captured.backward(
+                random_cotangents(observation.terms, self.fisher, seed)
+            )
+
+        def update() -> tf.Tensor:
+            statistics = self.curvature.statistics(
+                captured, self.fisher, seed, observation.backward
+            )
+            self.curvature.accumulate(statistics, self.factor_decay)
+            self.state.increment(curvature_updates=1)
+            self.state.update_at.assign(
+                self.refresh.next_due(batches, self.refresh.curvature_period)
+            )
+            return tf.constant(0)
+
+        due = self.refresh.is_due(batches, self.state.update_at.value)
+        tf.cond(due & observation.accepted, update, lambda: tf.constant(0))
+        self.state.increment(batches=1)
+
+    @override
+    def curvature_step(
+        self,
+        observation: Observation,
+        gradients: Sequence[tf.Tensor],
+        learning_rate: Any,
+    ) -> None:
+        rate = tf.cast(learning_rate, self.curvature_dtype)
+        self._set_damping()
+        self._refresh_if_due()
+        matrices = self.curvature.to_matrices(gradients)
+        solved = self.curvature.precondition(matrices)
+        if self._needs_gram:
+            coefficients, model = self._solve_model(
+                observation, matrices, solved, rate
+            )
+        else:
+            momentum = tf.constant(self.length.momentum, rate.dtype)
+            coefficients, model = tf.stack([rate, momentum]), None
+        self._move(solved, coefficients)
+        if self._guarded:
+            self.state.guard.accept(observation.tape.loss)
+        self.state.note(learning_rate=coefficients[0], momentum=coefficients[1])
+        if model is not None:
+            self.state.note(model_change=model.change)
+            self._adapt_damping(observation, model)
+
+    def _solve_model(
+        self,
+        observation: Observation,
+        gradients: Sequence[tf.Tensor],
+        solved: Sequence[tf.Tensor],
+        rate: tf.Tensor,
+    ) -> tuple[tf.Tensor, SolvedModel]:
+        """Returns the coefficients of (−P∇, δ₋₁) and what they promise."""
+        candidates = [list(solved)]
+        if self._velocities:
+            candidates.append(self.curvature.to_matrices(self._velocities))
+        # The first candidate enters with its sign here, once.
+        signs = tf.constant([-1.0, 1.0], rate.dtype)
+        gram = self._gram(observation, candidates)
+        damped = gram + ridge_gram(
+            candidates, self.state.damping.value, self._ridge_rows
+        )
+        slopes = pad_pair([dot(gradients, each) for each in candidates])
+        gram *= signs[:, tf.newaxis] * signs
+        damped *= signs[:, tf.newaxis] * signs
+        slopes *= signs
+        length = self.length
+        coefficients = quadratic_coefficients(damped, slopes, length, rate)
+        if length.automatic_rate:
+            coefficients *= tf.stack([rate, tf.ones_like(rate)])
+        if self.norm_constraint is not None:
+            coefficients *= norm_scale(
+                quadratic_form(gram, coefficients), self.norm_constraint
+            )
+        model = SolvedModel(
+            change=model_change(damped, slopes, coefficients),
+            fisher_share=tf.math.divide_no_nan(
+                quadratic_form(gram, coefficients),
+                quadratic_form(damped, coefficients),
+            ),
+        )
+        return coefficients, model
+
+    def _move(
+        self, solved: Sequence[tf.Tensor], coefficients: tf.Tensor
+    ) -> None:
+        """Moves every variable by `δ = −α P∇ + μ δ₋₁`."""
+        variables = _compat.optimizer_variables(self)
+        directions = self.curvature.from_matrices(solved)
+        velocities = self._velocities or [None] * len(variables)
+        for variable, velocity, direction in zip(
+            variables, velocities, directions, strict=True
+        ):
+            apply_update(
+                variable, velocity, direction, coefficients[0], coefficients[1]
+            )
+
+    @override
+    def has_surged(self, observation: Observation) -> tf.Tensor:
+        if not self._guarded:
+            return tf.constant(False)
+        surge = self.state.guard.is_surge(observation.tape.loss)
+        # One batch that is not finite has bad data; a second one in a row
+        # says that the weights are bad.
+        again = ~observation.usable & self.state.skipped_last()
+        return (surge & observation.usable) | again
+
+    @override
+    def skip_step(self, observation: Observation) -> None:
+        self.state.note_skip(observation.surged)
+        if not self._guarded:
+            return
+
+        def retract() -> tf.Tensor:
+            variables = _compat.optimizer_variables(self)
+            for variable, velocity in zip(
+                variables, self._velocities, strict=True
+            ):
+                step = tf.convert_to_tensor(velocity)
+                variable.value.assign_sub(tf.cast(step, variable.dtype))
+                velocity.assign(tf.zeros_like(step))
+            self.state.damping.assign(_RETRACTION * self.state.damping.value)
+            self.state.refresh_at.assign(0)
+            return tf.constant(0)
+
+        tf.cond(observation.surged, retract, lambda: tf.constant(0))
+
+    @property
+    def _guarded(self) -> bool:
+        """Whether a bad step is taken back: with an adaptive damping only."""
+        return self.needs_objective and bool(self._velocities)
+
+    def _set_damping(self) -> None:
+        """Starts the damping, or looks it up in its schedule."""
+        if isinstance(self.damping, float):
+            self.state.damping.assign(self.damping)
+        elif isinstance(self.damping, LevenbergMarquardt):
+            self.state.damping.assign(
+                tf.cond(
+                    tf.equal(self.state.count("refreshes"), 0),
+                    lambda: self.damping.start(
+                        self.curvature.mean_eigenvalue()
+                    ),
+                    lambda: self.state.damping.value,
+                )
+            )
+        else:
+            self.state.damping.assign(self.damping(self.iterations))
+
+    def _refresh_if_due(self) -> None:
+        """Recomputes the inverses when it is time."""
+        step = tf.convert_to_tensor(self.iterations)
+
+        def refresh() -> tf.Tensor:
+            retries, failures = self.curvature.refresh(
+                self._inverse_damping(), self._ridge
+            )
+            self.state.increment(
+                refreshes=1, retries=retries, failures=failures
+            )
+            self.state.refresh_at.assign(
+                self.refresh.next_due(step, self.refresh.inverse_period)
+            )
+            return tf.constant(0)
+
+        due = self.refresh.is_due(step, self.state.refresh_at.value)
+        tf.cond(due, refresh, lambda: tf.constant(0))
+
+    def _inverse_damping(self) -> tf.Tensor:
+        """Returns the damping of the inverses."""
+        damping = tf.convert_to_tensor(self.state.damping)
+        if isinstance(self.damping, LevenbergMarquardt):
+            damping *= self.damping.inverse_ratio
+        return damping
+
+    @property
+    def _needs_gram(self) -> bool:
+        """Whether anything asks for `δᵀFδ`."""
+        return (
+            self.length.needs_model
+            or self.needs_objective
+            or self.norm_constraint is not None
+        )
+
+    @property
+    def _estimates_model(self) -> bool:
+        """Whether `δᵀFδ` comes from the random cotangents of the batch."""
+        return (
+            self._needs_gram
+            and self.quadratic_model == "estimated"
+            and self.fisher in ("propagated", "sampled")
+            and not self.curvature.plan.fallback
+        )
+
+    def _gram(
+        self, observation: Observation, candidates: Sequence[Any]
+    ) -> tf.Tensor:
+        """Returns `δ_iᵀ F δ_j` on the batch, zeros where nobody needs it."""
+        if not self._needs_gram:
+            return tf.zeros([2, 2], self.curvature_dtype)
+        if observation.backward is not None:
+            gram = estimated_gram(
+                observation.captured,
+                observation.backward,
+                candidates,
+                _MODEL_EXAMPLES,
+            )
+        else:
+            variables = _compat.optimizer_variables(self)
+            gram = fisher_gram(
+                observation.tape.gradient_tape,
+                observation.terms,
+                [variable.value for variable in variables],
+                [self.curvature.from_matrices(each) for each in candidates],
+            )
+        return pad_gram(tf.cast(gram, self.curvature_dtype))
+
+    def _adapt_damping(
+        self, observation: Observation, model: SolvedModel
+    ) -> None:
+        """Compares the model with the loss, where the damping adapts."""
+        rule, objective = self.damping, observation.tape.objective
+        if not isinstance(rule, LevenbergMarquardt) or objective is None:
+            return
+        loss = tf.cast(observation.tape.loss, model.change.dtype)
+
+        def adapt() -> tf.Tensor:
+            change = tf.cast(objective(), loss.dtype) - loss
+            ratio = tf.math.divide_no_nan(change, model.change)
+            self.state.note(reduction_ratio=ratio)
+            self.state.damping.assign(
+                rule.adapt(
+                    self.state.damping.value,
+                    ratio,
+                    model.fisher_share,
+                    self.curvature.mean_eigenvalue(),
+                )
+            )
+            return tf.constant(0)
+
+        step = tf.convert_to_tensor(self.iterations)
+        tf.cond(is_multiple(step, rule.period), adapt, lambda: tf.constant(0))
+
+
+def ridge_rows(entries: Sequence[Any], ridge: Sequence[float]) -> list[Any]:
+    """Returns the regularizers' curvature as something to multiply by.
+
+    A float per entry, or a column `[rows, 1]` where kernel and bias differ.
+    """
+    rows: list[Any] = []
+    for entry in entries:
+        own = [ridge[index] for index in entry.variables]
+        if len(set(own)) == 1:
+            rows.append(own[0])
+        else:
+            column = np.full((entry.block.shape.rows, 1), own[0])
+            column[-1] = own[1]
+            rows.append(column)
+    return rows
