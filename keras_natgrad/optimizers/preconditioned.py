@@ -19,6 +19,7 @@ from keras_natgrad.curvature import (
     fisher_gram,
     random_cotangents,
 )
+from keras_natgrad.linalg import scalar
 from keras_natgrad.optimizers.base import CurvatureOptimizer, Observation
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.optimizers.summary import render_table
@@ -177,7 +178,7 @@ class PreconditionedOptimizer(CurvatureOptimizer):
             statistics = self.curvature.statistics(
                 captured, self.fisher, seed, observation.backward
             )
-            self.curvature.accumulate(statistics, self.factor_decay)
+            self.curvature.accumulate(statistics, self._decay())
             self.state.increment(curvature_updates=1)
             self.state.update_at.assign(
                 self.refresh.next_due(batches, self.refresh.curvature_period)
@@ -188,6 +189,17 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         tf.cond(due & observation.accepted, update, lambda: tf.constant(0))
         self.state.increment(batches=1)
 
+    def _decay(self) -> tf.Tensor:
+        """Returns β, rising to `factor_decay` as a plain mean would.
+
+        A decay of `1 − 1/k` at the k-th update gives all batches the same
+        weight, until k reaches the memory of the running average.
+        """
+        updates = self.state.count("curvature_updates")
+        decay = scalar(self.factor_decay, self.curvature_dtype)
+        plain = 1 - 1 / (tf.cast(updates, decay.dtype) + 1)
+        return tf.minimum(decay, plain)
+
     @override
     def curvature_step(
         self,
@@ -197,7 +209,10 @@ class PreconditionedOptimizer(CurvatureOptimizer):
     ) -> None:
         rate = tf.cast(learning_rate, self.curvature_dtype)
         self._set_damping()
-        self._refresh_if_due()
+        step = tf.convert_to_tensor(self.iterations)
+        due = self.refresh.is_due(step, self.state.refresh_at.value)
+        first = tf.equal(self.state.count("refreshes"), 0)
+        self._refresh_if(first)
         matrices = self.curvature.to_matrices(gradients)
         solved = self.curvature.precondition(matrices)
         if self._needs_gram:
@@ -214,6 +229,9 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         if model is not None:
             self.state.note(model_change=model.change)
             self._adapt_damping(observation, model)
+        # An inverse that knows the batch it is applied to fits its noise: the
+        # statistics of this batch serve the next ones.
+        self._refresh_if(due & ~first)
 
     def _solve_model(
         self,
@@ -319,7 +337,7 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         else:
             self.state.damping.assign(self.damping(self.iterations))
 
-    def _refresh_if_due(self) -> None:
+    def _refresh_if(self, due: tf.Tensor) -> None:
         """Recomputes the inverses when it is time."""
         step = tf.convert_to_tensor(self.iterations)
 
@@ -335,7 +353,6 @@ class PreconditionedOptimizer(CurvatureOptimizer):
             )
             return tf.constant(0)
 
-        due = self.refresh.is_due(step, self.state.refresh_at.value)
         tf.cond(due, refresh, lambda: tf.constant(0))
 
     def _inverse_damping(self) -> tf.Tensor:
