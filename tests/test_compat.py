@@ -211,6 +211,14 @@ def test_all_reduce_gradients_of_two_replicas(mirrored_strategy):
         np.testing.assert_array_equal(value, [3.0, 3.0])
 
 
+def test_apply_weight_decay():
+    variable = keras.Variable(np.ones(2, "float32"))
+    optimizer = keras.optimizers.SGD(0.5, weight_decay=0.1)
+    optimizer.build([variable])
+    _compat.apply_weight_decay(optimizer, [variable])
+    np.testing.assert_allclose(variable.numpy(), 0.95, rtol=1e-6)
+
+
 def test_every_function_is_tested():
     """One test per function of the module."""
     functions = {

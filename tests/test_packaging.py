@@ -22,6 +22,7 @@ OPTIONAL = {
 DISTRIBUTION_OF = {
     "keras_tuner": "keras-tuner",
     "sklearn": "scikit-learn",
+    "typing_extensions": "typing-extensions",
     "tensorflow_probability": "tensorflow-probability",
 }
 

@@ -195,11 +195,26 @@ class BlockDiagonal:
         found = [scale for scale in scales if scale is not None]
         if not found:
             return None
-        left = tf.add_n([scale.input_trace for scale in found])
-        right = tf.add_n([scale.output_trace for scale in found])
+        # Layers that the loss does not reach have no say.
+        reached = [
+            tf.cast(scale.output_trace > 0, scale.output_trace.dtype)
+            for scale in found
+        ]
+
+        def mean(traces: list[tf.Tensor], sizes: list[int]) -> tf.Tensor:
+            total = tf.add_n(
+                [r * t for r, t in zip(reached, traces, strict=True)]
+            )
+            size = tf.add_n(
+                [r * n for r, n in zip(reached, sizes, strict=True)]
+            )
+            return tf.math.divide_no_nan(total, size)
+
         return _GLOBAL_RATIO * trace_norm_ratio(
-            left / sum(scale.input_size for scale in found),
-            right / sum(scale.output_size for scale in found),
+            mean([s.input_trace for s in found], [s.input_size for s in found]),
+            mean(
+                [s.output_trace for s in found], [s.output_size for s in found]
+            ),
         )
 
     def precondition(self, matrices: Sequence[tf.Tensor]) -> list[tf.Tensor]:

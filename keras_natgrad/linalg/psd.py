@@ -39,8 +39,8 @@ def damped_inverse(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
     graph with ten times the damping, at most eight times; nothing is raised,
     so that the function compiles under XLA and never stops training.
 
-    Cost: `n³/3` operations for the factor and `n³` for each of the two
-    triangular solves, `n²` memory for the result.
+    Cost: `n³/3` multiplications for the factor, `n³/2` for its inverse and
+    `n³` for the product; `n²` memory for the result.
 
     Args:
         matrix: Tensor `[n, n]`, symmetric positive semi-definite.
@@ -57,7 +57,10 @@ def damped_inverse(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
 
     def attempt(total: tf.Tensor) -> tf.Tensor:
         factor = tf.linalg.cholesky(matrix + total * identity)
-        return tf.linalg.cholesky_solve(factor, identity)
+        # M⁻¹ = L⁻ᵀ L⁻¹: the product is a matrix product, which is faster than
+        # a second triangular solve.
+        root = tf.linalg.triangular_solve(factor, identity)
+        return tf.matmul(root, root, transpose_a=True)
 
     def failed(inverse: tf.Tensor) -> tf.Tensor:
         return tf.logical_not(tf.math.is_finite(tf.reduce_sum(inverse)))

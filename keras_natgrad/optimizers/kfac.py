@@ -54,7 +54,7 @@ class KFAC(PreconditionedOptimizer):
             Defaults to `10`.
         refresh_growth: Warm-up of both periods: the gap after step t is at
             most `refresh_growth · t` steps. `None` for no warm-up. Defaults
-            to `0.2`.
+            to `0.5`.
         quadratic_model: How the quadratic model's `δᵀFδ` is computed.
             `"exact"` multiplies by the batch's Fisher; `"estimated"` uses
             the random cotangents of the statistics on about 256 examples of
@@ -113,7 +113,7 @@ class KFAC(PreconditionedOptimizer):
         damping_split: str = "global",
         curvature_update_period: int = 3,
         inverse_update_period: int = 10,
-        refresh_growth: float | None = 0.2,
+        refresh_growth: float | None = 0.5,
         quadratic_model: str = "estimated",
         norm_constraint: float | None = None,
         block: str = "kronecker",

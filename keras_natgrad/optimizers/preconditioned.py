@@ -19,7 +19,6 @@ from keras_natgrad.curvature import (
     fisher_gram,
     random_cotangents,
 )
-from keras_natgrad.linalg import scalar
 from keras_natgrad.optimizers.base import CurvatureOptimizer, Observation
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.optimizers.summary import render_table
@@ -178,7 +177,7 @@ class PreconditionedOptimizer(CurvatureOptimizer):
             statistics = self.curvature.statistics(
                 captured, self.fisher, seed, observation.backward
             )
-            self.curvature.accumulate(statistics, self._decay())
+            self.curvature.accumulate(statistics, self.factor_decay)
             self.state.increment(curvature_updates=1)
             self.state.update_at.assign(
                 self.refresh.next_due(batches, self.refresh.curvature_period)
@@ -188,17 +187,6 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         due = self.refresh.is_due(batches, self.state.update_at.value)
         tf.cond(due & observation.accepted, update, lambda: tf.constant(0))
         self.state.increment(batches=1)
-
-    def _decay(self) -> tf.Tensor:
-        """Returns β, rising to `factor_decay` as a plain mean would.
-
-        A decay of `1 − 1/k` at the k-th update gives all batches the same
-        weight, until k reaches the memory of the running average.
-        """
-        updates = self.state.count("curvature_updates")
-        decay = scalar(self.factor_decay, self.curvature_dtype)
-        plain = 1 - 1 / (tf.cast(updates, decay.dtype) + 1)
-        return tf.minimum(decay, plain)
 
     @override
     def curvature_step(

@@ -26,11 +26,11 @@ def check(model, layers, x, rtol=1e-9):
     for layer, record in zip(layers, records, strict=True):
         spec = linear_map(layer)
         assert spec is not None
-        inputs = record.canonical_inputs("float64")
-        cotangents = record.canonical_cotangents(
-            tape.gradient(loss, list(record.preactivations)), "float64"
-        )
         batch = keras.tree.flatten(x)[0].shape[0]
+        inputs = record.canonical_inputs("float64", batch)
+        cotangents = record.canonical_cotangents(
+            tape.gradient(loss, list(record.preactivations)), "float64", batch
+        )
         assert inputs.shape[0] == cotangents.shape[0] == batch
         assert inputs.shape[1] == cotangents.shape[1]
         assert inputs.shape[2] == spec.layout.rows
@@ -43,7 +43,9 @@ def check(model, layers, x, rtol=1e-9):
         matrix = spec.layout.to_matrix(
             [tf.convert_to_tensor(v.value) for v in spec.variables]
         )
-        values = record.canonical_cotangents(record.preactivations, "float64")
+        values = record.canonical_cotangents(
+            record.preactivations, "float64", batch
+        )
         product = tf.einsum("nsr,rm->nsm", inputs, matrix)
         if spec.layout.bias_shape is not None or not has_bias(layer):
             np.testing.assert_allclose(values, product, rtol=1e-9, atol=1e-12)

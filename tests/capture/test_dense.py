@@ -32,7 +32,7 @@ def test_any_rank(middle, bias, activation):
     layer = keras.layers.Dense(3, activation=activation, use_bias=bias)
     x = built(layer, (5, *middle, 2))
     (record,) = check(layer, [layer], x)
-    assert record.canonical_inputs("float64").shape == (
+    assert record.canonical_inputs("float64", 5).shape == (
         5,
         int(np.prod(middle)),
         2 + bias,
@@ -56,7 +56,7 @@ def test_homogeneous_coordinate_is_last():
     layer = keras.layers.Dense(3)
     x = built(layer, (5, 2))
     (record,) = check(layer, [layer], x)
-    inputs = record.canonical_inputs("float64").numpy()
+    inputs = record.canonical_inputs("float64", 5).numpy()
     np.testing.assert_array_equal(inputs[:, 0, :2], x)
     np.testing.assert_array_equal(inputs[:, 0, 2], np.ones(5))
 

@@ -155,8 +155,8 @@ def test_unused_layer_has_zero_statistics():
     with Taps([*dense_of(model), extra]) as taps:
         model(inputs(4, 3))
     record = taps.record(extra)
-    assert record.canonical_inputs("float64", 5).shape == (1, 1, 4)
-    assert record.canonical_cotangents([], "float64", 5).shape == (1, 1, 5)
+    assert record.canonical_inputs("float64", 4).shape == (4, 1, 4)
+    assert record.canonical_cotangents([], "float64", 4).shape == (4, 1, 5)
 
 
 def test_only_tensors_of_the_current_graph_are_kept():
@@ -184,8 +184,8 @@ def test_traced_pass_equals_the_eager_one():
         record = taps.record(layers[0])
         cotangents = tape.gradient(loss, list(record.preactivations))
         return (
-            record.canonical_inputs("float64", 5),
-            record.canonical_cotangents(cotangents, "float64"),
+            record.canonical_inputs("float64", 4),
+            record.canonical_cotangents(cotangents, "float64", 4),
         )
 
     for eager, traced in zip(run(x), tf.function(run)(x), strict=True):

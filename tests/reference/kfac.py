@@ -231,7 +231,7 @@ class ReferenceKFAC:
     def _choose(self, gram: Array, slopes: Array) -> Array:
         """Minimises `bᵀc + ½ cᵀQc` over the free coefficients.
 
-        With both free, a momentum that would be negative is zero instead.
+        With both free, a momentum outside [0, 1] is at the bound instead.
         """
         rate, momentum = self.settings.learning_rate, self.settings.momentum
         fixed = np.array([rate, momentum], dtype=object)
@@ -244,6 +244,8 @@ class ReferenceKFAC:
             c[free] = -np.linalg.solve(gram[np.ix_(free, free)], rest)
         if len(free) == 2 and c[1] < 0.0:
             return np.array([-slopes[0] / gram[0, 0], 0.0])
+        if len(free) == 2 and c[1] > 1.0:
+            return np.array([-(slopes[0] + gram[0, 1]) / gram[0, 0], 1.0])
         return c
 
     def step(self, x: Array, terms: Sequence[Term]) -> list[Array]:
@@ -265,7 +267,7 @@ class ReferenceKFAC:
             self.damping = rule
         elif self.damping is None:
             self.damping = rule.relative * self._mean_eigenvalue()
-        if self.iteration % settings.inverse_period == 0:
+        if self.iteration == 0:
             self._refresh()
         directions = [
             -left @ gradient @ right
@@ -311,6 +313,9 @@ class ReferenceKFAC:
             model = slopes @ c + 0.5 * c @ damped @ c
             share = (c @ gram @ c) / (c @ damped @ c)
             self._adapt(rule, change / model, share)
+        # After the step: its batch serves the next steps' inverses.
+        if self.iteration and self.iteration % settings.inverse_period == 0:
+            self._refresh()
         self.iteration += 1
         return new
 

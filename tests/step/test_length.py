@@ -81,13 +81,23 @@ def test_parallel_directions_use_the_first_only(factor):
     np.testing.assert_allclose(choose(gram, slopes, True, None), [1.5, 0.0])
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e10])
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e10])
 def test_scale_of_the_previous_update_does_not_matter(scale):
+    """As long as the momentum stays below its bound."""
     gram, slopes = random_model(1)
     expected = choose(gram, slopes, True, None)
+    assert 0 < expected[1] < 1
     change = np.diag([1.0, scale])
     found = choose(change @ gram @ change, change @ slopes, True, None)
     np.testing.assert_allclose(found, expected / [1.0, scale], rtol=1e-9)
+
+
+def test_momentum_is_bounded_by_one():
+    """The rate is then the best one beside a momentum of one."""
+    gram = np.array([[2.0, 0.5], [0.5, 1.0]])
+    slopes = -gram @ [0.5, 3.0]
+    found = choose(gram, slopes, True, None)
+    np.testing.assert_allclose(found, [-(slopes[0] + 0.5) / 2.0, 1.0])
 
 
 def test_negative_momentum_is_left_out():
