@@ -145,3 +145,11 @@ def apply_weight_decay(
     is then skipped.
     """
     keras.optimizers.Optimizer._apply_weight_decay(optimizer, variables)
+
+
+def is_scratch_graph(graph: Any) -> bool:
+    """Returns whether Keras made a graph only to infer a shape.
+
+    Such a graph is known by the name that Keras gives it.
+    """
+    return str(getattr(graph, "name", "")).startswith("scratch_graph")

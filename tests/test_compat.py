@@ -219,6 +219,20 @@ def test_apply_weight_decay():
     np.testing.assert_allclose(variable.numpy(), 0.95, rtol=1e-6)
 
 
+def test_is_scratch_graph():
+    seen = []
+
+    class Spy(keras.layers.Layer):
+        def call(self, x):
+            seen.append(x)
+            return x
+
+    keras.ops.shape(Spy()(keras.Input((3,))))
+    graphs = [x.graph for x in seen if hasattr(x, "graph")]
+    assert graphs and all(_compat.is_scratch_graph(g) for g in graphs)
+    assert not _compat.is_scratch_graph(tf.Graph())
+
+
 def test_every_function_is_tested():
     """One test per function of the module."""
     functions = {

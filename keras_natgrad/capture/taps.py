@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_natgrad._compat import is_scratch_graph
 from keras_natgrad.capture.registry import LinearMap, linear_map, may_support
 
 
@@ -168,17 +169,22 @@ def _note(record: LayerRecord, inputs: Any, preactivation: Any) -> None:
 
 
 def _drop_foreign(record: LayerRecord) -> None:
+    """Keeps the tensors of the current graph; notes those out of reach.
+
+    What Keras computed in a graph that it throws away, to learn a shape, may
+    go. What ran in the graph of a loop or of a `tf.function` was part of the
+    pass, and no cotangent can be sent back to it.
+    """
     eager = tf.executing_eagerly()
     graph = None if eager else tf.compat.v1.get_default_graph()
-    kept = [
-        (a, z)
-        for a, z in zip(record.inputs, record.preactivations, strict=True)
-        if (
-            isinstance(z, tf.__internal__.EagerTensor)
-            if eager
-            else z.graph is graph
-        )
-    ]
-    record.lost = bool(record.inputs) and not kept
-    record.inputs = [a for a, _ in kept]
-    record.preactivations = [z for _, z in kept]
+
+    def here(z: tf.Tensor) -> bool:
+        if eager:
+            return isinstance(z, tf.__internal__.EagerTensor)
+        return z.graph is graph
+
+    uses = list(zip(record.inputs, record.preactivations, strict=True))
+    foreign = [z for _, z in uses if not here(z)]
+    record.lost = any(not is_scratch_graph(z.graph) for z in foreign)
+    record.inputs = [a for a, z in uses if here(z)]
+    record.preactivations = [z for _, z in uses if here(z)]

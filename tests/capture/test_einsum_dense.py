@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from keras_natgrad.capture import linear_map
@@ -112,6 +112,8 @@ def test_random_shapes_and_output_orders(batch, sizes, order, bias):
     b, c, d, e = sizes
     sides = {"d": d, "e": e}
     outputs = "".join(order)
+    # Keras 3.15 adds a bias of shape [k, 1] along the wrong axis.
+    assume(not bias or sides[outputs[-1]] > 1 or sides[outputs[0]] == 1)
     layer = keras.layers.EinsumDense(
         f"abc,cde->ab{outputs}",
         output_shape=(b, *(sides[label] for label in order)),
