@@ -21,7 +21,7 @@ class KFAC(PreconditionedOptimizer):
     The gradient is preconditioned by an approximation of the Fisher
     information of the model's output distribution, one block per layer:
     `Δ = −(F + λI)⁻¹ ∇`. The update is `δ = α Δ + μ δ₋₁`. By default α and μ
-    minimise the exact quadratic model of the loss on the batch, and the
+    minimise the quadratic model of the loss on the batch, and the
     damping λ is set from the first batch and adapted, so that nothing needs
     to be searched for. The Fisher is that of the model's own predictions; the
     targets do not enter it.

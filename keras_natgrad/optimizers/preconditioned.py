@@ -121,10 +121,11 @@ class PreconditionedOptimizer(CurvatureOptimizer):
     def statistics(self) -> dict[str, float]:
         """What happened so far, as Python numbers.
 
-        Damping, reduction ratio, predicted loss change, learning rate,
-        momentum and norms of the last step; counts of batches, updates of
-        the statistics, refreshes of the inverses, dampings raised by a failed
-        factorisation, factorisations given up, and steps skipped.
+        Damping, reduction ratio, predicted loss change, learning rate and
+        momentum of the last step; counts of batches, updates of the
+        statistics, refreshes of the inverses, dampings raised by a failed
+        factorisation, factorisations given up, batches skipped and steps
+        taken back (retracted).
         """
         return self.state.to_dict() if self._curvature_built else {}
 
@@ -199,8 +200,10 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         self._set_damping()
         step = tf.convert_to_tensor(self.iterations)
         due = self.refresh.is_due(step, self.state.refresh_at.value)
-        first = tf.equal(self.state.count("refreshes"), 0)
-        self._refresh_if(first)
+        # Zero at the first step, and after one that was taken back: then the
+        # inverses must not be used as they are.
+        forced = tf.equal(self.state.refresh_at.value, 0)
+        self._refresh_if(forced)
         matrices = self.curvature.to_matrices(gradients)
         solved = self.curvature.precondition(matrices)
         if self._needs_gram:
@@ -219,7 +222,7 @@ class PreconditionedOptimizer(CurvatureOptimizer):
             self._adapt_damping(observation, model)
         # An inverse that knows the batch it is applied to fits its noise: the
         # statistics of this batch serve the next ones.
-        self._refresh_if(due & ~first)
+        self._refresh_if(due & ~forced)
 
     def _solve_model(
         self,

@@ -82,6 +82,7 @@ def test_evaluate_takes_it_as_well():
     model = unattached()
     model.evaluate(x, y, verbose=0, callbacks=[kng.callbacks.Attach()])
     model.train_on_batch(x, y)
+    assert model.optimizer.statistics["batches"] == 1
 
 
 def test_can_be_copied():
