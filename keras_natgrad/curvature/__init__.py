@@ -6,7 +6,7 @@ from keras_natgrad.curvature.cotangents import (
     OutputTerm,
     random_cotangents,
 )
-from keras_natgrad.curvature.entry import BlockOptions
+from keras_natgrad.curvature.entry import BlockOptions, Entry
 from keras_natgrad.curvature.estimator import BlockDiagonal
 from keras_natgrad.curvature.products import estimated_gram, fisher_gram
 
@@ -16,6 +16,7 @@ __all__ = [
     "BlockDiagonal",
     "BlockOptions",
     "CapturedPass",
+    "Entry",
     "OutputTerm",
     "estimated_gram",
     "fisher_gram",

@@ -111,18 +111,34 @@ def estimated_gram(
         Tensor `[k, k]`, symmetric positive semi-definite.
     """
     batch = tf.shape(captured.inputs[0])[0]
-    stride = tf.maximum(batch // examples, 1)
+    chosen = tf.range(0, batch, tf.maximum(batch // examples, 1))
+    used = tf.size(chosen)
+    pairs = [
+        (_take_rows(a, chosen), _take_rows(g, chosen))
+        for a, g in zip(captured.inputs, backward.cotangents, strict=True)
+    ]
     projected = []
     for direction in directions:
         slopes = [
-            tf.reduce_sum(g[::stride] * tf.matmul(a[::stride], matrix), [1, 2])
-            for a, g, matrix in zip(
-                captured.inputs, backward.cotangents, direction, strict=True
+            tf.reduce_sum(
+                tf.reshape(g * _positionwise(a, matrix), [used, -1]), axis=1
             )
+            for (a, g), matrix in zip(pairs, direction, strict=True)
         ]
         projected.append(tf.add_n(slopes))
     stacked = tf.stack(projected)
-    used = tf.shape(stacked)[1]
     scale = tf.cast(batch, stacked.dtype) / tf.cast(used, stacked.dtype)
     gram = scale * tf.matmul(stacked, stacked, transpose_b=True)
     return tf.ensure_shape(gram, [len(directions), len(directions)])
+
+
+def _take_rows(tensor: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Gathers examples: whole rows, which is faster than a strided slice."""
+    return tf.gather(tensor, rows, axis=0)
+
+
+def _positionwise(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
+    """Returns `[batch, shared, rows] × [rows, columns]`, as one product."""
+    flat = tf.reshape(vectors, [-1, vectors.shape[-1]])
+    shape = tf.concat([tf.shape(vectors)[:-1], matrix.shape[-1:]], axis=0)
+    return tf.reshape(tf.matmul(flat, matrix), shape)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
@@ -15,6 +14,7 @@ from keras_natgrad.curvature import (
     BlockDiagonal,
     BlockOptions,
     CapturedPass,
+    Entry,
     estimated_gram,
     fisher_gram,
     random_cotangents,
@@ -32,6 +32,7 @@ from keras_natgrad.step import (
     quadratic_coefficients,
 )
 from keras_natgrad.step.directions import (
+    Ridge,
     dot,
     l2_curvature,
     pad_gram,
@@ -115,7 +116,7 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         self._hide("_velocities", velocities)
         ridge = [l2_curvature(variable.regularizer) for variable in variables]
         self._hide("_ridge", ridge)
-        self._hide("_ridge_rows", ridge_rows(self.curvature.entries, ridge))
+        self._hide("_ridge_rows", _ridge_rows(self.curvature.entries, ridge))
 
     @property
     def statistics(self) -> dict[str, float]:
@@ -422,18 +423,11 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         tf.cond(is_multiple(step, rule.period), adapt, lambda: tf.constant(0))
 
 
-def ridge_rows(entries: Sequence[Any], ridge: Sequence[float]) -> list[Any]:
-    """Returns the regularizers' curvature as something to multiply by.
-
-    A float per entry, or a column `[rows, 1]` where kernel and bias differ.
-    """
-    rows: list[Any] = []
-    for entry in entries:
-        own = [ridge[index] for index in entry.variables]
-        if len(set(own)) == 1:
-            rows.append(own[0])
-        else:
-            column = np.full((entry.block.shape.rows, 1), own[0])
-            column[-1] = own[1]
-            rows.append(column)
-    return rows
+def _ridge_rows(
+    entries: Sequence[Entry], ridge: Sequence[float]
+) -> list[Ridge]:
+    """Returns the regularizers' curvature per block, from that per variable."""
+    return [
+        Ridge(ridge[entry.variables[0]], ridge[entry.variables[-1]])
+        for entry in entries
+    ]

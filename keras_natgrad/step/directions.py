@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from keras_natgrad.linalg import scalar
+
 Direction = Sequence[tf.Tensor]
+
+
+class Ridge(NamedTuple):
+    """Curvature of the L2 regularizers on the rows of a block's matrix.
+
+    Attributes:
+        rest: Of all rows but the last.
+        last: Of the last row, the bias of a layer that has one.
+    """
+
+    rest: float
+    last: float
 
 
 def dot(left: Direction, right: Direction) -> tf.Tensor:
@@ -29,33 +43,39 @@ def pad_gram(gram: tf.Tensor) -> tf.Tensor:
 
 
 def ridge_gram(
-    directions: Sequence[Direction], damping: tf.Tensor, ridge: Sequence[Any]
+    directions: Sequence[Direction],
+    damping: tf.Tensor,
+    ridge: Sequence[Ridge],
 ) -> tf.Tensor:
     """Returns `δ_iᵀ (λ I + R) δ_j` with R the curvature of regularizers.
 
     Args:
         directions: One or two directions.
         damping: Scalar λ.
-        ridge: R per block, a float or a column `[rows, 1]`.
+        ridge: `Ridge` of every block.
 
     Returns:
         Tensor `[2, 2]`, padded with zeros.
     """
-    plain = all(isinstance(r, float) and r == 0.0 for r in ridge)
 
     def entry(left: Direction, right: Direction) -> tf.Tensor:
-        product = damping * dot(left, right)
-        if plain:
-            return product
-        weighted = [
-            tf.cast(r, a.dtype) * a for r, a in zip(ridge, left, strict=True)
-        ]
-        return product + dot(weighted, right)
+        parts = []
+        for a, b, own in zip(left, right, ridge, strict=True):
+            parts.append((damping + scalar(own.rest, a.dtype)) * _inner(a, b))
+            if own.last != own.rest:
+                extra = scalar(own.last - own.rest, a.dtype)
+                parts.append(extra * _inner(a[-1], b[-1]))
+        return tf.add_n(parts)
 
-    return pad_gram(
-        tf.stack(
-            [tf.stack([entry(a, b) for b in directions]) for a in directions]
-        )
+    first, *others = directions
+    if not others:
+        return pad_gram(entry(first, first)[tf.newaxis, tf.newaxis])
+    cross = entry(first, others[0])
+    return tf.stack(
+        [
+            tf.stack([entry(first, first), cross]),
+            tf.stack([cross, entry(others[0], others[0])]),
+        ]
     )
 
 
@@ -72,6 +92,7 @@ def l2_curvature(regularizer: Any) -> float:
 
 
 def _inner(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-    """Returns Σ a b in one pass over memory, without a product tensor."""
-    row, column = tf.reshape(left, [1, -1]), tf.reshape(right, [-1, 1])
-    return tf.matmul(row, column)[0, 0]
+    """Returns Σ a b; a fused kernel squares without a product tensor."""
+    if left is right:
+        return 2 * tf.nn.l2_loss(left)
+    return tf.reduce_sum(left * right)

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_natgrad.step.directions import (
+    Ridge,
     dot,
     l2_curvature,
     pad_gram,
@@ -33,22 +34,19 @@ def test_dot(directions):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("ridge", ["none", "floats", "columns"])
+@pytest.mark.parametrize(
+    "ridge", [Ridge(0.0, 0.0), Ridge(0.5, 0.5), Ridge(0.5, 0.25)]
+)
 def test_ridge_gram(directions, count, ridge):
-    """`δᵀ (λ + R) δ` with R per block, or per row of a block."""
-    values = {
-        "none": [0.0, 0.0],
-        "floats": [0.5, 0.0],
-        "columns": [np.array([[0.5], [0.25]]), 0.0],
-    }[ridge]
+    """`δᵀ (λ + R) δ` with R per block, the last row having its own."""
     directions = [[part[0], part[1][:, None]] for part in directions]
-    found = ridge_gram(directions[:count], tf.constant(0.3, tf.float64), values)
-    diagonal = np.concatenate(
-        [
-            np.ravel(0.3 + np.broadcast_to(value, part.shape))
-            for value, part in zip(values, directions[0], strict=True)
-        ]
+    found = ridge_gram(
+        directions[:count],
+        tf.constant(0.3, tf.float64),
+        [ridge, Ridge(0.0, 0.0)],
     )
+    first = np.repeat([0.3 + ridge.rest, 0.3 + ridge.last], 3)
+    diagonal = np.concatenate([first, np.full(3, 0.3)])
     stacked = np.zeros((2, len(diagonal)))
     for row, direction in enumerate(directions[:count]):
         stacked[row] = flat(direction)
