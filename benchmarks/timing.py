@@ -89,7 +89,9 @@ class KerasContender:
         self._steps_per_call = steps_per_execution or task.steps_per_execution
         self._batches = task.batches(seed)
         start = time.perf_counter()
-        keras.utils.set_random_seed(seed)
+        # Weights and batches come from the seed by NumPy. TensorFlow's global
+        # seed stays as it is: setting it throws away the prepared functions
+        # of the contenders built before, which would pay again on the clock.
         self._model = task.build_model(seed)
         optimizer = method.build(self._model, setting)
         self._model.compile(

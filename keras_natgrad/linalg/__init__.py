@@ -5,7 +5,7 @@ from keras_natgrad.linalg.kronecker import (
     kronecker_operator,
     trace_norm_ratio,
 )
-from keras_natgrad.linalg.psd import DampedInverse, damped_inverse, symmetrize
+from keras_natgrad.linalg.psd import DampedInverse, damped_inverse
 from keras_natgrad.linalg.scalars import scalar
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     "flatten_matrix",
     "kronecker_operator",
     "scalar",
-    "symmetrize",
     "trace_norm_ratio",
 ]
