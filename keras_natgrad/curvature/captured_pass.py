@@ -21,10 +21,13 @@ class Backward:
         cotangents: Per captured entry, `g` of `[batch, shared, columns]`.
         gradients: Per fallback entry, the `[size, 1]` gradient summed over
             the batch.
+        sizes: Squared norms of the cotangents sent back, one per example,
+            `[batch]`: each one's part in the trace of the output Fisher.
     """
 
     cotangents: list[tf.Tensor]
     gradients: list[tf.Tensor]
+    sizes: tf.Tensor
 
 
 class CapturedPass:
@@ -81,4 +84,12 @@ class CapturedPass:
                 gradient = tf.zeros_like(variable)
             dense = tf.convert_to_tensor(gradient)
             flat.append(tf.reshape(tf.cast(dense, entry.block.dtype), [-1, 1]))
-        return Backward(canonical, flat)
+        sizes = tf.add_n(
+            [
+                tf.reduce_sum(
+                    tf.reshape(tf.square(cotangent), [self._batch, -1]), axis=1
+                )
+                for cotangent in cotangents
+            ]
+        )
+        return Backward(canonical, flat, sizes)

@@ -97,24 +97,29 @@ def estimated_gram(
     With cotangents `u_n` whose outer products average to the Fisher of the
     outputs, `E[(u_nᵀ J_n δ_i)(u_nᵀ J_n δ_j)]` is the Fisher product of one
     example, and `u_nᵀ J_n δ = Σ_layers Σ_s g_sᵀ (δᵀ ā_s)` costs one matrix
-    product per layer and direction. Only every k-th example is used, so that
-    about `examples` remain. The relative standard deviation is at most
-    `√(2 / examples)` for examples of equal weight.
+    product per layer and direction. In a large batch only some examples are
+    used, drawn in proportion to `‖u_n‖²` and weighted by its reciprocal:
+    late in the training of a classifier a few examples hold most of the
+    Fisher, and a plain sample would miss them.
 
     Args:
         captured: The forward pass; it must have no fallback entries.
         backward: A backward pass of random cotangents.
         directions: k directions, each one matrix per entry.
-        examples: About how many examples of the batch to use.
+        examples: How many examples to use at most.
 
     Returns:
         Tensor `[k, k]`, symmetric positive semi-definite.
     """
     batch = tf.shape(captured.inputs[0])[0]
-    chosen = tf.range(0, batch, tf.maximum(batch // examples, 1))
-    used = tf.size(chosen)
+    rows, weights = tf.cond(
+        batch <= examples,
+        lambda: (tf.range(batch), tf.ones([batch], backward.sizes.dtype)),
+        lambda: proportional_sample(backward.sizes, examples),
+    )
+    used = tf.size(rows)
     pairs = [
-        (_take_rows(a, chosen), _take_rows(g, chosen))
+        (tf.gather(a, rows), tf.gather(g, rows))
         for a, g in zip(captured.inputs, backward.cotangents, strict=True)
     ]
     projected = []
@@ -127,14 +132,35 @@ def estimated_gram(
         ]
         projected.append(tf.add_n(slopes))
     stacked = tf.stack(projected)
-    scale = tf.cast(batch, stacked.dtype) / tf.cast(used, stacked.dtype)
-    gram = scale * tf.matmul(stacked, stacked, transpose_b=True)
+    weights = tf.cast(weights, stacked.dtype)
+    gram = tf.matmul(stacked * weights, stacked, transpose_b=True)
     return tf.ensure_shape(gram, [len(directions), len(directions)])
 
 
-def _take_rows(tensor: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    """Gathers examples: whole rows, which is faster than a strided slice."""
-    return tf.gather(tensor, rows, axis=0)
+def proportional_sample(
+    sizes: tf.Tensor, count: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Draws rows with probability proportional to their sizes.
+
+    The draw is systematic: `count` points at equal distances on the running
+    sum of the sizes, so that a row is drawn `count · size / total` times, up
+    to one. With the returned weights `Σ w_j f(row_j)` estimates the sum of f
+    over all rows, exactly so for f proportional to the sizes.
+
+    Args:
+        sizes: Tensor `[rows]`, non-negative.
+        count: Number of draws.
+
+    Returns:
+        The rows, int32 `[count]`, and their weights `[count]`.
+    """
+    total = tf.cumsum(sizes)
+    points = (tf.range(count, dtype=sizes.dtype) + 0.5) / count * total[-1]
+    # Comparing all pairs compiles everywhere, and is small.
+    below = tf.cast(total[tf.newaxis] <= points[:, tf.newaxis], tf.int32)
+    rows = tf.minimum(tf.reduce_sum(below, axis=1), tf.size(sizes) - 1)
+    weights = tf.math.divide_no_nan(total[-1] / count, tf.gather(sizes, rows))
+    return rows, weights
 
 
 def _positionwise(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:

@@ -49,19 +49,19 @@ class KFAC(PreconditionedOptimizer):
             its factors: `"layer"` by each layer's trace norms, `"global"` by
             one ratio for all layers. Defaults to `"global"`.
         curvature_update_period: Steps between updates of the statistics.
-            Defaults to `3`.
-        inverse_update_period: Steps between refreshes of the inverses.
             Defaults to `10`.
+        inverse_update_period: Steps between refreshes of the inverses.
+            Defaults to `50`.
         refresh_growth: Warm-up of both periods: the gap after step t is at
             most `refresh_growth · t` steps. `None` for no warm-up. Defaults
-            to `0.5`.
+            to `0.15`.
         quadratic_model: How the quadratic model's `δᵀFδ` is computed.
             `"exact"` multiplies by the batch's Fisher; `"estimated"` uses
-            the random cotangents of the statistics on about 256 examples of
-            the batch, at a third of the cost and a relative error of some
-            9 %. Networks with fallback variables, and `fisher="exact"` or
-            `"empirical"`, always use the exact one. Defaults to
-            `"estimated"`.
+            the random cotangents of the statistics on 256 examples of the
+            batch, drawn by their share of the Fisher, at half the cost and a
+            relative error of some 9 %. Networks with fallback variables, and
+            `fisher="exact"` or `"empirical"`, always use the exact one.
+            Defaults to `"estimated"`.
         norm_constraint: Largest `δᵀFδ` of an update, or `None`.
         block: Block of captured layers: `"kronecker"`, `"diagonal"`,
             `"full"`, or a name given to `keras_natgrad.register_block`.
@@ -111,9 +111,9 @@ class KFAC(PreconditionedOptimizer):
         fisher: str = "propagated",
         factor_decay: float = 0.95,
         damping_split: str = "global",
-        curvature_update_period: int = 3,
-        inverse_update_period: int = 10,
-        refresh_growth: float | None = 0.5,
+        curvature_update_period: int = 10,
+        inverse_update_period: int = 50,
+        refresh_growth: float | None = 0.15,
         quadratic_model: str = "estimated",
         norm_constraint: float | None = None,
         block: str = "kronecker",

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from keras_natgrad import heads
 from keras_natgrad.curvature import (
@@ -13,7 +15,10 @@ from keras_natgrad.curvature import (
     estimated_gram,
     fisher_gram,
 )
-from keras_natgrad.curvature.products import jacobian_vector_products
+from keras_natgrad.curvature.products import (
+    jacobian_vector_products,
+    proportional_sample,
+)
 from tests.reference import fisher
 from tests.reference.bridge import mlp, network_of
 from tests.reference.heads import Term
@@ -170,6 +175,47 @@ def test_estimate_from_a_part_of_the_batch_is_scaled(batch, record):
         for examples in (4, 1000)
     )
     np.testing.assert_allclose(part, whole, rtol=1e-11)
+
+
+def test_estimate_does_not_miss_the_few_examples_that_matter(record):
+    """Nearly all of the Fisher is in three examples of 64, and is found."""
+    recorded = record(mlp([3, 4, 2]), inputs(64, 3), ["normal"])
+    directions = matrices_of(recorded, directions_of(recorded.variables))
+    coefficients = np.full(64, 1e-6)
+    coefficients[[5, 40, 63]] = [1.0, 2.0, 0.5]
+    term = OutputTerm(
+        recorded.terms[0].outputs,
+        recorded.terms[0].head,
+        tf.constant(coefficients),
+    )
+    backward = recorded.captured.backward(
+        [term.cotangent(tf.ones([64, 2], tf.float64))]
+    )
+    part, whole = (
+        estimated_gram(recorded.captured, backward, directions, examples)
+        for examples in (16, 64)
+    )
+    error = np.linalg.norm(part - whole) / np.linalg.norm(whole)
+    assert error < 0.15
+
+
+@given(
+    sizes=st.lists(st.floats(0, 100, width=32), min_size=1, max_size=30),
+    count=st.integers(1, 40),
+)
+@settings(deadline=None, max_examples=50)
+def test_proportional_sample(sizes, count):
+    """Rows are drawn by their sizes; sums of multiples of them are exact."""
+    sizes = np.array(sizes)
+    rows, weights = proportional_sample(tf.constant(sizes), count)
+    drawn = np.bincount(rows, minlength=len(sizes))
+    assert drawn.sum() == count
+    total = sizes.sum()
+    np.testing.assert_allclose(
+        np.sum(weights * sizes[rows.numpy()]), total, rtol=1e-9, atol=1e-300
+    )
+    if total > 1e-9:
+        assert np.all(np.abs(drawn - count * sizes / total) <= 1 + 1e-6)
 
 
 def test_estimate_with_an_unused_layer(record):
