@@ -156,16 +156,27 @@ def test_every_approximation_trains(kwargs):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_periods_are_counted():
+@pytest.mark.parametrize(
+    ("growth", "updates", "refreshes"),
+    [
+        (None, 5, 3),  # 0 2 4 6 8 and 0 3 6
+        (0.5, 7, 6),  # 0 1 2 3 4 6 8 and 0 1 2 3 4 6
+    ],
+)
+def test_periods_are_counted(growth, updates, refreshes):
     x, y = data()
-    optimizer = kng.KFAC(curvature_update_period=2, inverse_update_period=3)
+    optimizer = kng.KFAC(
+        curvature_update_period=2,
+        inverse_update_period=3,
+        refresh_growth=growth,
+    )
     model = compiled(optimizer=optimizer)
-    for _ in range(7):
+    for _ in range(9):
         model.train_on_batch(x, y)
     statistics = optimizer.statistics
-    assert statistics["batches"] == 7
-    assert 4 <= statistics["curvature_updates"] < 7
-    assert 3 <= statistics["refreshes"] < 7
+    assert statistics["batches"] == 9
+    assert statistics["curvature_updates"] == updates
+    assert statistics["refreshes"] == refreshes
 
 
 def test_model_on_token_positions():
