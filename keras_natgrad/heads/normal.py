@@ -1,6 +1,7 @@
-"""Normal distribution of fixed scale: least squares."""
+"""Normal distribution: least squares, or a predicted scale as well."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
 from typing import Any
 
 import keras
@@ -8,24 +9,27 @@ import numpy as np
 import tensorflow as tf
 
 from keras_natgrad.heads import tensors
-from keras_natgrad.heads.base import Head
+from keras_natgrad.heads.family import Family, Information, Parameter
 from keras_natgrad.heads.probability import distributions
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class Normal(Head):
-    """Independent normal targets whose means are the outputs.
+class Normal(Family):
+    """Independent normal targets.
 
-    The scale is fixed, the same for all `K` units, so the Fisher matrix is
-    `F = I / scale²`, with the factor `L = I / scale`.
+    With a fixed scale the `K` outputs are the means of `K` targets: least
+    squares. With a link the network predicts the scales as well: the outputs
+    are first all means, then all raw scales. The Fisher matrix in
+    (loc, log scale) is `diag(1/scale², 2)`.
 
     Args:
-        scale: Positive float, the standard deviation of the targets. The mean
-            squared error is the negative log-likelihood for `scale=√½`.
+        scale: The standard deviation of the targets: a positive number, or
+            the link that makes it from the outputs, e.g. `"softplus"`. The
+            mean squared error is the negative log-likelihood for `scale=√½`.
             Defaults to `1.0`.
 
     Raises:
-        ValueError: If `scale` is not positive and finite.
+        ValueError: If `scale` is neither positive and finite nor a link.
 
     Example:
 
@@ -34,81 +38,35 @@ class Normal(Head):
     >>> head.fisher(outputs).numpy()
     array([[[4., 0.],
             [0., 4.]]], dtype=float32)
+    >>> head = keras_natgrad.heads.Normal(scale="log_variance")
+    >>> head.fisher(tf.constant([[1.0, 0.0]])).numpy()  # mean 1, variance 1
+    array([[[1. , 0. ],
+            [0. , 0.5]]], dtype=float32)
     """
 
-    def __init__(self, scale: float = 1.0) -> None:
-        if not 0.0 < scale < float("inf"):
-            raise ValueError(
-                "`scale` must be a positive, finite number, such as 1.0. "
-                f"Received: scale={scale}"
-            )
-        self.scale = float(scale)
+    parameters = (Parameter("loc", "real"), Parameter("scale", "positive"))
 
-    def distribution(self, outputs: tf.Tensor) -> Any:
-        """Builds the `Independent(Normal)` distribution of shape `[..., K]`."""
-        tfd = distributions()
-        mean = tensors.as_parameters(outputs)
-        scale = tf.constant(self.scale, mean.dtype)
-        return tfd.Independent(tfd.Normal(mean, scale), 1)
+    def __init__(self, scale: float | str | Any = 1.0) -> None:
+        super().__init__(scale=scale)
+
+    def units(self, values: dict[str, tf.Tensor]) -> Any:
+        """Builds the units' distributions; see `Family.units()`."""
+        return distributions().Normal(values["loc"], values["scale"])
 
     def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Computes the log-density; see `Head.log_prob()`."""
-        mean = tensors.as_parameters(outputs)
-        residual = tensors.match_targets(mean, targets) - mean
-        constant = np.log(self.scale) + 0.5 * np.log(2.0 * np.pi)
+        outputs = tensors.as_parameters(outputs)
+        values = self.values(outputs)
+        scale = values["scale"]
+        residual = self._match(outputs, targets) - values["loc"]
         return -tf.reduce_sum(
-            0.5 * tf.square(residual / self.scale) + constant, axis=-1
+            0.5 * tf.square(residual / scale)
+            + tf.math.log(scale)
+            + 0.5 * np.log(2.0 * np.pi),
+            axis=-1,
         )
 
-    def score(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Computes `(y - mean) / scale²`; see `Head.score()`."""
-        mean = tensors.as_parameters(outputs)
-        residual = tensors.match_targets(mean, targets) - mean
-        return residual / self.scale**2
-
-    def fisher_factor_product(
-        self, outputs: tf.Tensor, vector: tf.Tensor
-    ) -> tf.Tensor:
-        """Computes `v / scale`; see `Head.fisher_factor_product()`."""
-        return self._divide(outputs, vector, self.scale)
-
-    def fisher_factor_transpose_product(
-        self, outputs: tf.Tensor, vector: tf.Tensor
-    ) -> tf.Tensor:
-        """Computes `v / scale`; the factor is symmetric."""
-        return self._divide(outputs, vector, self.scale)
-
-    def fisher_vector_product(
-        self, outputs: tf.Tensor, vector: tf.Tensor
-    ) -> tf.Tensor:
-        """Computes `v / scale²`; see `Head.fisher_vector_product()`."""
-        return self._divide(outputs, vector, self.scale**2)
-
-    def natural_gradient(
-        self, outputs: tf.Tensor, gradient: tf.Tensor
-    ) -> tf.Tensor:
-        """Computes `scale² g`; see `Head.natural_gradient()`."""
-        return self._divide(outputs, gradient, self.scale**-2)
-
-    def targets_in_support(
-        self, outputs: tf.Tensor, targets: tf.Tensor
-    ) -> tf.Tensor:
-        """Tells whether all targets are finite numbers."""
-        targets = tensors.match_targets(tensors.as_parameters(outputs), targets)
-        return tf.reduce_all(tf.math.is_finite(targets))
-
-    def describe_support(self, outputs_shape: Sequence[int | None]) -> str:
-        """Says in words which targets the head accepts."""
-        return "finite numbers; remove or mask missing values"
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of the constructor."""
-        return {"scale": self.scale}
-
-    @staticmethod
-    def _divide(
-        outputs: tf.Tensor, vector: tf.Tensor, divisor: float
-    ) -> tf.Tensor:
-        return tensors.cast_like(vector, tensors.as_parameters(outputs)) / (
-            divisor
-        )
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in its coordinates."""
+        scale = values["scale"]
+        return Information((1.0 / tf.square(scale), 2.0 * tf.ones_like(scale)))

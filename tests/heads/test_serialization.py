@@ -44,7 +44,7 @@ def test_names_and_classes(identifier, head):
 
 @pytest.mark.parametrize("identifier", ["gauss", None, 3, keras.losses.Loss])
 def test_other_identifiers_are_an_error(identifier):
-    message = r"one of the names \['bernoulli', 'categorical', 'normal'\]"
+    message = r"one of the names \['bernoulli', .*'normal', .*\]"
     with pytest.raises(ValueError, match=f"{message}. Received: identifier="):
         heads.get(identifier)
 

@@ -1,0 +1,359 @@
+"""Heads of independent units with a few parameters each."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_natgrad.heads import tensors
+from keras_natgrad.heads.base import Head
+from keras_natgrad.heads.links import get_link, link_config
+from keras_natgrad.heads.probability import distributions
+
+
+class Parameter(NamedTuple):
+    """A parameter of a distribution.
+
+    Attributes:
+        name: Its name in the constructor.
+        support: `"real"`, `"positive"` or `"unit"`, see `heads.links`.
+    """
+
+    name: str
+    support: str
+
+
+class Information(NamedTuple):
+    """The Fisher matrix of one unit, in the coordinates of the supports.
+
+    It is diagonal, but for one pair of parameters that may be coupled: the
+    last two. Their Schur complement is given beside the diagonal because the
+    difference `F₂₂ − F₁₂²/F₁₁` would lose all digits where they are nearly
+    collinear.
+
+    Attributes:
+        diagonal: One tensor per parameter.
+        coupling: `F₁₂` of the last two parameters, or `None` for zero.
+        schur: `F₂₂ − F₁₂²/F₁₁` of the last two, where they are coupled.
+    """
+
+    diagonal: tuple[tf.Tensor, ...]
+    coupling: tf.Tensor | None = None
+    schur: tf.Tensor | None = None
+
+
+class Family(Head):
+    """A head of independent units from one family of distributions.
+
+    Each parameter of the family is either a fixed number or predicted by the
+    network through a link. The outputs hold all units' first predicted
+    parameter, then all units' second one, and so on: for D units and P
+    predicted parameters the last axis has `K = P · D` entries, as
+    `tf.split(outputs, P, axis=-1)` takes them apart. Targets have D units.
+
+    The Fisher matrix is that with respect to the raw outputs: `J I Jᵀ` with
+    the family's information I and the slopes J of the links. All products
+    cost `O(K)`.
+
+    A family is one small class:
+
+    ```python
+    @keras.saving.register_keras_serializable(package="my_package")
+    class HalfNormal(keras_natgrad.heads.Family):
+        parameters = (Parameter("scale", "positive"),)
+        target_support = "nonnegative"
+
+        def __init__(self, scale="softplus"):
+            super().__init__(scale=scale)
+
+        def units(self, values):
+            return tfp.distributions.HalfNormal(values["scale"])
+
+        def information(self, values):
+            return Information((2.0 * tf.ones_like(values["scale"]),))
+    ```
+
+    Args:
+        **settings: One per parameter: a number, the name of a link, or a
+            `Link`. Real parameters default to `"identity"`.
+
+    Raises:
+        ValueError: If a setting is neither, or out of its support.
+    """
+
+    parameters: ClassVar[tuple[Parameter, ...]]
+    #: A key of `TARGETS`.
+    target_support: ClassVar[str] = "real"
+
+    def __init__(self, **settings: Any) -> None:
+        self._fixed: dict[str, float] = {}
+        self._links: dict[str, Any] = {}
+        for name, support in self.parameters:
+            setting = settings.pop(name, "identity")
+            number = isinstance(setting, (int, float, np.number))
+            if number and not isinstance(setting, bool):
+                self._fixed[name] = _check_fixed(name, setting, support)
+            else:
+                self._links[name] = get_link(setting, name, support)
+        assert not settings, settings
+        if not self._links:
+            raise ValueError(
+                f"{type(self).__name__} has no parameter left to predict. "
+                "Give at least one a link, such as 'softplus'. "
+                f"Received: {self._fixed}"
+            )
+
+    # -- To be implemented -----------------------------------------------
+
+    @abc.abstractmethod
+    def units(self, values: dict[str, tf.Tensor]) -> Any:
+        """Returns the units' distributions, of batch shape `[..., D]`.
+
+        Args:
+            values: The parameters by name; for the support "unit" the logit.
+        """
+
+    @abc.abstractmethod
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in the coordinates."""
+
+    # -- Parameters ------------------------------------------------------
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The predicted parameters, in the order of the outputs."""
+        return tuple(self._links)
+
+    def values(self, outputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Returns all parameters by name, `[..., D]` or scalar where fixed."""
+        outputs = tensors.as_parameters(outputs)
+        predicted = {
+            name: link.value(raw)
+            for (name, link), raw in zip(
+                self._links.items(), self._split(outputs), strict=True
+            )
+        }
+        fixed = {}
+        for name, support in self.parameters:
+            if name in self._fixed:
+                number = self._fixed[name]
+                if support == "unit":
+                    number = math.log(number) - math.log1p(-number)
+                fixed[name] = tf.constant(number, outputs.dtype)
+        return {**predicted, **fixed}
+
+    def _split(self, outputs: tf.Tensor) -> list[tf.Tensor]:
+        count = len(self._links)
+        return tf.split(outputs, count, axis=-1) if count > 1 else [outputs]
+
+    # -- Distribution ----------------------------------------------------
+
+    def distribution(self, outputs: tf.Tensor) -> Any:
+        """Builds the independent units' joint distribution."""
+        units = self.units(self.values(outputs))
+        return distributions().Independent(units, 1)
+
+    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        """Computes the log-probability; see `Head.log_prob()`."""
+        outputs = tensors.as_parameters(outputs)
+        targets = self._match(outputs, targets)
+        units = self.units(self.values(outputs))
+        return tf.reduce_sum(units.log_prob(targets), axis=-1)
+
+    def _match(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        return tensors.match_targets(self._split(outputs)[0], targets)
+
+    # -- Fisher ----------------------------------------------------------
+
+    def fisher_factor_product(
+        self, outputs: tf.Tensor, vector: tf.Tensor
+    ) -> tf.Tensor:
+        """Multiplies by the lower triangular factor, unit by unit."""
+        factor = self._factor(outputs)
+        parts = self._split(tensors.cast_like(vector, factor.roots[0]))
+        products = [
+            root * v for root, v in zip(factor.roots, parts, strict=True)
+        ]
+        if factor.below is not None:
+            products[-1] += factor.below * parts[-2]
+        scaled = [s * p for s, p in zip(factor.slopes, products, strict=True)]
+        return tf.concat(scaled, axis=-1)
+
+    def fisher_factor_transpose_product(
+        self, outputs: tf.Tensor, vector: tf.Tensor
+    ) -> tf.Tensor:
+        """Multiplies by the transposed factor, unit by unit."""
+        factor = self._factor(outputs)
+        parts = self._split(tensors.cast_like(vector, factor.roots[0]))
+        parts = [s * v for s, v in zip(factor.slopes, parts, strict=True)]
+        products = [
+            root * v for root, v in zip(factor.roots, parts, strict=True)
+        ]
+        if factor.below is not None:
+            products[-2] += factor.below * parts[-1]
+        return tf.concat(products, axis=-1)
+
+    def natural_gradient(
+        self, outputs: tf.Tensor, gradient: tf.Tensor
+    ) -> tf.Tensor:
+        """Solves `F x = g` by substitution, unit by unit.
+
+        Parameters that do not change the distribution get zero.
+        """
+        factor = self._factor(outputs)
+        divide = tf.math.divide_no_nan
+        parts = self._split(tensors.cast_like(gradient, factor.roots[0]))
+        parts = [
+            divide(g, s) for g, s in zip(parts, factor.slopes, strict=True)
+        ]
+        if factor.below is not None:
+            first = divide(parts[-2], factor.roots[-2])
+            parts[-1] -= factor.below * first
+            last = divide(parts[-1], tf.square(factor.roots[-1]))
+            parts[-2] = divide(first - factor.below * last, factor.roots[-2])
+            parts[-1] = last
+        uncoupled = len(parts) if factor.below is None else len(parts) - 2
+        for i in range(uncoupled):
+            parts[i] = divide(parts[i], tf.square(factor.roots[i]))
+        solved = [
+            divide(x, s) for x, s in zip(parts, factor.slopes, strict=True)
+        ]
+        return tf.concat(solved, axis=-1)
+
+    def _factor(self, outputs: tf.Tensor) -> _Factor:
+        outputs = tensors.as_parameters(outputs)
+        values = self.values(outputs)
+        information = self.information(values)
+        slopes = [
+            link.slope(raw)
+            for link, raw in zip(
+                self._links.values(), self._split(outputs), strict=True
+            )
+        ]
+        names = [name for name, _ in self.parameters]
+        free = [name in self._links for name in names]
+        roots = [
+            tf.sqrt(tf.cast(entry, outputs.dtype))
+            for entry, predicted in zip(information.diagonal, free, strict=True)
+            if predicted
+        ]
+        below = None
+        if information.coupling is not None and all(free[-2:]):
+            assert information.schur is not None
+            coupling = tf.cast(information.coupling, outputs.dtype)
+            below = tf.math.divide_no_nan(coupling, roots[-2])
+            # Rounding must not make a small complement negative.
+            schur = tf.maximum(tf.cast(information.schur, outputs.dtype), 0.0)
+            roots[-1] = tf.sqrt(schur)
+        return _Factor(roots, below, slopes)
+
+    # -- Checks ----------------------------------------------------------
+
+    def validate(self, outputs_shape: Sequence[int | None]) -> None:
+        """Checks that the outputs divide into the predicted parameters."""
+        super().validate(outputs_shape)
+        count, size = len(self._links), tuple(outputs_shape)[-1]
+        if size is not None and size % count:
+            names = ", ".join(self._links)
+            raise ValueError(
+                f"The head {self!r} takes {count} outputs per unit ({names}), "
+                f"all units' {next(iter(self._links))} first. Give the last "
+                f"layer of the model a multiple of {count} units. Received: "
+                f"outputs_shape={tuple(outputs_shape)}"
+            )
+
+    def targets_in_support(
+        self, outputs: tf.Tensor, targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Tells whether all targets are possible."""
+        targets = self._match(tensors.as_parameters(outputs), targets)
+        return tf.reduce_all(TARGETS[self.target_support].contains(targets))
+
+    def describe_support(self, outputs_shape: Sequence[int | None]) -> str:
+        """Says in words which targets the head accepts."""
+        return TARGETS[self.target_support].description
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        return {
+            name: self._fixed[name]
+            if name in self._fixed
+            else link_config(self._links[name])
+            for name, support in self.parameters
+            if support != "real" or name in self._fixed
+        }
+
+
+class _Factor(NamedTuple):
+    """`L` of each unit: slopes times a lower triangle.
+
+    Attributes:
+        roots: The diagonal of the triangle, one per predicted parameter.
+        below: Its entry in the last row and the last column but one.
+        slopes: Derivatives of the coordinates in the raw outputs.
+    """
+
+    roots: list[tf.Tensor]
+    below: tf.Tensor | None
+    slopes: list[tf.Tensor]
+
+
+class TargetSupport(NamedTuple):
+    """What targets a family accepts.
+
+    Attributes:
+        description: Completes "The targets must be ...".
+        contains: Function from targets to booleans.
+    """
+
+    description: str
+    contains: Any
+
+
+def _is_count(y: tf.Tensor) -> tf.Tensor:
+    return tf.math.is_finite(y) & (y >= 0) & tf.equal(y, tf.floor(y))
+
+
+TARGETS = {
+    "real": TargetSupport(
+        "finite numbers; remove or mask missing values", tf.math.is_finite
+    ),
+    "positive": TargetSupport(
+        "positive finite numbers; shift or clip zeros",
+        lambda y: tf.math.is_finite(y) & (y > 0),
+    ),
+    "nonnegative": TargetSupport(
+        "non-negative finite numbers",
+        lambda y: tf.math.is_finite(y) & (y >= 0),
+    ),
+    "unit": TargetSupport(
+        "numbers strictly between 0 and 1; shrink 0 and 1 inwards",
+        lambda y: (y > 0) & (y < 1),
+    ),
+    "count": TargetSupport("non-negative integers", _is_count),
+}
+
+
+def _check_fixed(name: str, number: Any, support: str) -> float:
+    number = float(number)
+    good = {
+        "real": math.isfinite(number),
+        "positive": 0.0 < number < math.inf,
+        "unit": 0.0 < number < 1.0,
+    }[support]
+    if not good:
+        what = {
+            "real": "a finite number, such as 0.0",
+            "positive": "a positive, finite number, such as 1.0",
+            "unit": "a number between 0 and 1, such as 0.5",
+        }[support]
+        raise ValueError(
+            f"`{name}` must be {what}, or the name of a link. "
+            f"Received: {name}={number}"
+        )
+    return number

@@ -1,0 +1,223 @@
+"""Links: how a real output of the network becomes a parameter."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import keras
+import tensorflow as tf
+
+#: Where parameters live, and the coordinate that their Fisher is stated in.
+SUPPORTS = {
+    "real": "the parameter itself",
+    "positive": "the logarithm of the parameter",
+    "unit": "the logit of the parameter",
+}
+
+
+class Link(abc.ABC):
+    """A smooth function from a real output to a parameter of a distribution.
+
+    Fisher matrices are stated in a coordinate in which they neither overflow
+    nor vanish: the parameter itself where it may be any real number, its
+    logarithm where it is positive, its logit where it lies between 0 and 1.
+    The link says how that coordinate changes with the raw output.
+    """
+
+    #: The links may serve parameters with these supports.
+    supports: ClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def value(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns the parameter; for the support "unit", its logit."""
+
+    @abc.abstractmethod
+    def slope(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns the derivative of the coordinate in the raw output."""
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Link:
+        """Builds a link from what `get_config()` returned."""
+        return cls(**config)
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        assert isinstance(other, Link)
+        return bool(self.get_config() == other.get_config())
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(sorted(self.get_config().items()))))
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(
+            f"{k}={v!r}" for k, v in self.get_config().items()
+        )
+        return f"{type(self).__name__}({arguments})"
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class Identity(Link):
+    """The parameter is the output, which the network keeps where it belongs.
+
+    A positive parameter must come from a layer that makes it positive (an
+    activation such as softplus), one of the support "unit" from a sigmoid.
+    """
+
+    supports = ("real", "positive", "unit")
+
+    def __init__(self, support: str = "real") -> None:
+        self.support = support
+
+    def value(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns the output, or the logit of an output in (0, 1)."""
+        if self.support == "unit":
+            return tf.math.log(raw) - tf.math.log1p(-raw)
+        return raw
+
+    def slope(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns 1, 1/x or 1/(x (1 − x)), by the support."""
+        if self.support == "positive":
+            return tf.math.reciprocal(raw)
+        if self.support == "unit":
+            return tf.math.reciprocal(raw * (1.0 - raw))
+        return tf.ones_like(raw)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        return {"support": self.support}
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class Exp(Link):
+    """`exp(output)`."""
+
+    supports = ("positive",)
+
+    def value(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns `exp(raw)`."""
+        return tf.exp(raw)
+
+    def slope(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns 1: the output is the logarithm."""
+        return tf.ones_like(raw)
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class LogVariance(Link):
+    """`exp(output / 2)`: the output is the logarithm of a scale's square."""
+
+    supports = ("positive",)
+
+    def value(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns `exp(raw / 2)`."""
+        return tf.exp(0.5 * raw)
+
+    def slope(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns ½."""
+        return 0.5 * tf.ones_like(raw)
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class Softplus(Link):
+    """`log(1 + exp(output)) + floor`.
+
+    Args:
+        floor: Smallest value of the parameter, non-negative. It bounds the
+            likelihood of a scale that shrinks to zero. Defaults to `1e-6`.
+
+    Raises:
+        ValueError: If `floor` is negative.
+    """
+
+    supports = ("positive",)
+
+    def __init__(self, floor: float = 1e-6) -> None:
+        if not floor >= 0:
+            raise ValueError(
+                "`floor` must be a non-negative number, such as 1e-6. "
+                f"Received: floor={floor!r}"
+            )
+        self.floor = float(floor)
+
+    def value(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns `softplus(raw) + floor`."""
+        return tf.nn.softplus(raw) + tf.constant(self.floor, raw.dtype)
+
+    def slope(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns `sigmoid(raw) / value`."""
+        if self.floor == 0.0:
+            # For very negative outputs both are exp(raw), and may underflow.
+            small = raw < -15.0
+            safe = tf.where(small, tf.zeros_like(raw), raw)
+            ratio = tf.sigmoid(safe) / tf.nn.softplus(safe)
+            return tf.where(small, tf.ones_like(raw), ratio)
+        return tf.sigmoid(raw) / self.value(raw)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        return {"floor": self.floor}
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class Sigmoid(Link):
+    """`1 / (1 + exp(−output))`: the output is the logit."""
+
+    supports = ("unit",)
+
+    def value(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns the output, which is the logit."""
+        return raw
+
+    def slope(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns 1."""
+        return tf.ones_like(raw)
+
+
+_NAMES: dict[str, type[Link]] = {
+    "identity": Identity,
+    "exp": Exp,
+    "log_variance": LogVariance,
+    "softplus": Softplus,
+    "sigmoid": Sigmoid,
+}
+
+
+def get_link(identifier: Any, name: str, support: str) -> Link:
+    """Returns the link of a parameter.
+
+    Args:
+        identifier: A `Link`, the name of one, or the configuration of one.
+        name: Name of the parameter, for the message.
+        support: Support of the parameter.
+
+    Raises:
+        ValueError: If it is no link, or none for this support.
+    """
+    link = identifier
+    if isinstance(identifier, dict):
+        link = keras.saving.deserialize_keras_object(identifier)
+    elif isinstance(identifier, str) and identifier in _NAMES:
+        kind = _NAMES[identifier]
+        link = Identity(support) if kind is Identity else kind()
+    names = [key for key, kind in _NAMES.items() if support in kind.supports]
+    if not isinstance(link, Link) or support not in link.supports:
+        raise ValueError(
+            f"`{name}` must be a fixed number, or the link that makes it from "
+            f"the outputs: one of {names} or a keras_natgrad.heads.links.Link "
+            f"for {support} parameters. Received: {name}={identifier!r}"
+        )
+    return link
+
+
+def link_config(link: Link) -> Any:
+    """Returns what `get_link` recreates a link from: its name if it can."""
+    for name, kind in _NAMES.items():
+        if type(link) is kind and (kind is Identity or link == kind()):
+            return name
+    return keras.saving.serialize_keras_object(link)

@@ -1,0 +1,293 @@
+"""Families with a location and a scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_natgrad.heads.family import Family, Information, Parameter
+from keras_natgrad.heads.probability import distributions
+from keras_natgrad.heads.special import (
+    EULER_GAMMA,
+    GUMBEL_SPREAD,
+    student_information,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class LogNormal(Family):
+    r"""Positive targets whose logarithm is normal.
+
+    The Fisher matrix in (loc, log scale) is `diag(1/scale², 2)`, that of the
+    normal distribution of the logarithm.
+
+    Args:
+        scale: The scale, a positive number or the link that makes it from the
+            outputs. Defaults to `"softplus"`.
+
+    Raises:
+        ValueError: If an argument is neither a number in its range nor a
+            link.
+    """
+
+    parameters = (
+        Parameter("loc", "real"),
+        Parameter("scale", "positive"),
+    )
+    target_support = "positive"
+
+    def __init__(self, scale: float | str | Any = "softplus") -> None:
+        super().__init__(scale=scale)
+
+    def units(self, values: dict[str, tf.Tensor]) -> Any:
+        """Builds the units' distributions; see `Family.units()`."""
+        return distributions().LogNormal(values["loc"], values["scale"])
+
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in its coordinates."""
+        scale = values["scale"]
+        return Information((1.0 / tf.square(scale), 2.0 * tf.ones_like(scale)))
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class LogitNormal(Family):
+    r"""Targets between 0 and 1 whose logit is normal.
+
+    The Fisher matrix in (loc, log scale) is `diag(1/scale², 2)`, that of the
+    normal distribution of the logit.
+
+    Args:
+        scale: The scale, a positive number or the link that makes it from the
+            outputs. Defaults to `"softplus"`.
+
+    Raises:
+        ValueError: If an argument is neither a number in its range nor a
+            link.
+    """
+
+    parameters = (
+        Parameter("loc", "real"),
+        Parameter("scale", "positive"),
+    )
+    target_support = "unit"
+
+    def __init__(self, scale: float | str | Any = "softplus") -> None:
+        super().__init__(scale=scale)
+
+    def units(self, values: dict[str, tf.Tensor]) -> Any:
+        """Builds the units' distributions; see `Family.units()`."""
+        return distributions().LogitNormal(values["loc"], values["scale"])
+
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in its coordinates."""
+        scale = values["scale"]
+        return Information((1.0 / tf.square(scale), 2.0 * tf.ones_like(scale)))
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class Laplace(Family):
+    r"""Laplace targets: the mean absolute error for `scale=1.0`.
+
+    The Fisher matrix in (loc, log scale) is `diag(1/scale², 1)`. The Hessian of
+    the negative log-likelihood in loc is zero almost everywhere; the Fisher
+    matrix is not.
+
+    Args:
+        scale: The scale, a positive number or the link that makes it from the
+            outputs. Defaults to `"softplus"`.
+
+    Raises:
+        ValueError: If an argument is neither a number in its range nor a
+            link.
+    """
+
+    parameters = (
+        Parameter("loc", "real"),
+        Parameter("scale", "positive"),
+    )
+
+    def __init__(self, scale: float | str | Any = "softplus") -> None:
+        super().__init__(scale=scale)
+
+    def units(self, values: dict[str, tf.Tensor]) -> Any:
+        """Builds the units' distributions; see `Family.units()`."""
+        return distributions().Laplace(values["loc"], values["scale"])
+
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in its coordinates."""
+        scale = values["scale"]
+        return Information((1.0 / tf.square(scale), tf.ones_like(scale)))
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class Logistic(Family):
+    r"""Logistic targets.
+
+    The Fisher matrix in (loc, log scale) is `diag(1/(3 scale²), (π² + 3)/9)`.
+
+    Args:
+        scale: The scale, a positive number or the link that makes it from the
+            outputs. Defaults to `"softplus"`.
+
+    Raises:
+        ValueError: If an argument is neither a number in its range nor a
+            link.
+    """
+
+    parameters = (
+        Parameter("loc", "real"),
+        Parameter("scale", "positive"),
+    )
+
+    def __init__(self, scale: float | str | Any = "softplus") -> None:
+        super().__init__(scale=scale)
+
+    def units(self, values: dict[str, tf.Tensor]) -> Any:
+        """Builds the units' distributions; see `Family.units()`."""
+        return distributions().Logistic(values["loc"], values["scale"])
+
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in its coordinates."""
+        scale = values["scale"]
+        spread = tf.fill(
+            tf.shape(scale), tf.constant((math.pi**2 + 3) / 9, scale.dtype)
+        )
+        return Information((1.0 / (3.0 * tf.square(scale)), spread))
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class Cauchy(Family):
+    r"""Cauchy targets: outliers of any size.
+
+    The Fisher matrix in (loc, log scale) is `diag(1/(2 scale²), 1/2)`.
+
+    Args:
+        scale: The scale, a positive number or the link that makes it from the
+            outputs. Defaults to `"softplus"`.
+
+    Raises:
+        ValueError: If an argument is neither a number in its range nor a
+            link.
+    """
+
+    parameters = (
+        Parameter("loc", "real"),
+        Parameter("scale", "positive"),
+    )
+
+    def __init__(self, scale: float | str | Any = "softplus") -> None:
+        super().__init__(scale=scale)
+
+    def units(self, values: dict[str, tf.Tensor]) -> Any:
+        """Builds the units' distributions; see `Family.units()`."""
+        return distributions().Cauchy(values["loc"], values["scale"])
+
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in its coordinates."""
+        scale = values["scale"]
+        return Information((0.5 / tf.square(scale), 0.5 * tf.ones_like(scale)))
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class Gumbel(Family):
+    r"""Gumbel targets: maxima of many values.
+
+    The Fisher matrix in (loc, log scale) is, with Euler's γ,
+
+        [[1/scale², (γ − 1)/scale], [·, π²/6 + (1 − γ)²]].
+
+    Args:
+        scale: The scale, a positive number or the link that makes it from the
+            outputs. Defaults to `"softplus"`.
+
+    Raises:
+        ValueError: If an argument is neither a number in its range nor a
+            link.
+    """
+
+    parameters = (
+        Parameter("loc", "real"),
+        Parameter("scale", "positive"),
+    )
+
+    def __init__(self, scale: float | str | Any = "softplus") -> None:
+        super().__init__(scale=scale)
+
+    def units(self, values: dict[str, tf.Tensor]) -> Any:
+        """Builds the units' distributions; see `Family.units()`."""
+        return distributions().Gumbel(values["loc"], values["scale"])
+
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in its coordinates."""
+        scale = values["scale"]
+        ones = tf.ones_like(scale)
+        return Information(
+            (
+                1.0 / tf.square(scale),
+                (GUMBEL_SPREAD**2 + (1.0 - EULER_GAMMA) ** 2) * ones,
+            ),
+            coupling=(EULER_GAMMA - 1.0) / scale,
+            schur=GUMBEL_SPREAD**2 * ones,
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class StudentT(Family):
+    r"""Student's t targets: regression that outliers do not bend.
+
+    The Fisher matrix in (loc, log scale, log df), with ν for df, is
+
+        loc:        (ν + 1) / ((ν + 3) scale²)
+        log scale:  2ν / (ν + 3)
+        log df:     ν² {¼ [ψ₁(ν/2) − ψ₁((ν+1)/2)] − (ν+5)/(2ν(ν+1)(ν+3))}
+        log scale with log df:  −2ν / ((ν + 1)(ν + 3)),
+
+    and loc is orthogonal to both.
+
+    Args:
+        scale: The scale, a positive number or the link that makes it from the
+            outputs. Defaults to `"softplus"`.
+        df: The degrees of freedom, a positive number or a link. Defaults to
+            `4.0`.
+
+    Raises:
+        ValueError: If an argument is neither a number in its range nor a
+            link.
+
+    References:
+        - Lange, Little & Taylor, 1989.
+    """
+
+    parameters = (
+        Parameter("loc", "real"),
+        Parameter("scale", "positive"),
+        Parameter("df", "positive"),
+    )
+
+    def __init__(
+        self, scale: float | str | Any = "softplus", df: float | str | Any = 4.0
+    ) -> None:
+        super().__init__(scale=scale, df=df)
+
+    def units(self, values: dict[str, tf.Tensor]) -> Any:
+        """Builds the units' distributions; see `Family.units()`."""
+        return distributions().StudentT(
+            values["df"], values["loc"], values["scale"]
+        )
+
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in its coordinates."""
+        scale, df = values["scale"], values["df"]
+        information, complement = student_information(df)
+        return Information(
+            (
+                (df + 1.0) / ((df + 3.0) * tf.square(scale)),
+                2.0 * df / (df + 3.0),
+                information,
+            ),
+            coupling=-2.0 * df / ((df + 1.0) * (df + 3.0)),
+            schur=complement,
+        )
