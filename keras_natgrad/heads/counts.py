@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_natgrad.heads import tensors
 from keras_natgrad.heads.family import Family, Information, Parameter
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import dispersion_information, zero_truncation
@@ -216,9 +217,25 @@ class ZeroInflatedPoisson(Family):
 
     def units(self, values: dict[str, tf.Tensor]) -> Any:
         """Builds the units' distributions; see `Family.units()`."""
+        # Not by its logits argument, which TFP 0.25 counts twice.
         tfd = distributions()
         return tfd.Inflated(
-            tfd.Poisson(values["rate"]), inflated_loc_logits=values["probs"]
+            tfd.Poisson(values["rate"]),
+            inflated_loc_probs=tf.sigmoid(values["probs"]),
+        )
+
+    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        """Computes the log-probability; see `Head.log_prob()`."""
+        outputs = tensors.as_parameters(outputs)
+        targets = self._match(outputs, targets)
+        values = self.values(outputs)
+        extra = tf.math.log_sigmoid(values["probs"])
+        kept = tf.math.log_sigmoid(-values["probs"])
+        counts = distributions().Poisson(values["rate"]).log_prob(targets)
+        # log(π + (1 − π) e^{−λ}) from logarithms.
+        zero = extra + tf.nn.softplus(kept - values["rate"] - extra)
+        return tf.reduce_sum(
+            tf.where(tf.equal(targets, 0), zero, kept + counts), axis=-1
         )
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:

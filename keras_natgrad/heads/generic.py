@@ -61,7 +61,7 @@ class Distribution(Head):
 
     def __init__(
         self,
-        make: Callable[[tf.Tensor], Any],
+        make: Callable[[tf.Tensor], Any] | str,
         parameter_count: int | None = None,
         method: str = "auto",
         samples: int = 16,
