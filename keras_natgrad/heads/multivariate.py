@@ -169,7 +169,8 @@ class Dirichlet(Head):
         root, w, share, slope = self._factor(outputs)
         vector = tensors.cast_like(vector, root)
         inner = tf.reduce_sum(w * vector, axis=-1, keepdims=True)
-        return slope * root * (vector - share * w * inner)
+        product = slope * root * (vector - share * w * inner)
+        return tensors.cast_like(product, tensors.as_parameters(outputs))
 
     def fisher_factor_transpose_product(
         self, outputs: tf.Tensor, vector: tf.Tensor
@@ -178,7 +179,8 @@ class Dirichlet(Head):
         root, w, share, slope = self._factor(outputs)
         vector = slope * root * tensors.cast_like(vector, root)
         inner = tf.reduce_sum(w * vector, axis=-1, keepdims=True)
-        return vector - share * w * inner
+        product = vector - share * w * inner
+        return tensors.cast_like(product, tensors.as_parameters(outputs))
 
     def validate(self, outputs_shape: Sequence[int | None]) -> None:
         """Checks that there are at least two shares."""
@@ -211,7 +213,8 @@ class Dirichlet(Head):
     def _factor(
         self, outputs: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        outputs = tensors.as_parameters(outputs)
+        # One dominant share makes 1 − w² a small difference: in float64.
+        outputs = tf.cast(outputs, tf.float64)
         alpha = self._link.value(outputs)
         total = tf.reduce_sum(alpha, axis=-1, keepdims=True)
         h, h_total = trigamma_excess(alpha), trigamma_excess(total)
@@ -330,7 +333,7 @@ def _take_triangular(matrix: tf.Tensor) -> tf.Tensor:
     """Returns the entries of the lower triangle: undoes the filling."""
     import tensorflow_probability as tfp
 
-    return tfp.math.fill_triangular_inverse(matrix)
+    return tfp.math.fill_triangular_inverse(tf.linalg.band_part(matrix, -1, 0))
 
 
 def _diagonal_of(matrix: tf.Tensor) -> tf.Tensor:
