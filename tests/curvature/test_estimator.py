@@ -261,6 +261,108 @@ def test_precondition_solves_every_layer(name, record):
         )
 
 
+class PartlyCut(keras.Model):
+    """A model whose first layer sees large inputs, and never the loss."""
+
+    def __init__(self, all_cut=False):
+        super().__init__()
+        self.all_cut = all_cut
+        self.cut, self.used = keras.layers.Dense(2), keras.layers.Dense(2)
+        self.cut.build((None, 3))
+        self.used.build((None, 3))
+        self.built = True
+
+    def call(self, x):
+        used, cut = self.used(x), tf.stop_gradient(self.cut(10.0 * x))
+        return cut + (tf.stop_gradient(used) if self.all_cut else used)
+
+
+def refreshed_inverses(recorded, damping):
+    """Per block, A and G in NumPy and the two inverses it made of them."""
+    blocks = recorded.update("exact")
+    recorded.curvature.refresh(
+        tf.constant(damping, tf.float64), [0.0] * len(recorded.variables)
+    )
+    return [
+        (
+            [average.numpy() for average in block.averages()],
+            [block._input.inverse.numpy(), block._output.inverse.numpy()],
+        )
+        for block in blocks
+    ]
+
+
+def assert_split(factors, inverses, ratio, damping):
+    """Asserts `(A + π√λ I)⁻¹` and `(G + √λ/π I)⁻¹`."""
+    shares = ratio * damping**0.5, damping**0.5 / ratio
+    for factor, inverse, share in zip(factors, inverses, shares, strict=True):
+        damped = factor + share * np.eye(len(factor))
+        np.testing.assert_allclose(
+            inverse, np.linalg.inv(damped), rtol=1e-9, atol=1e-12
+        )
+
+
+def global_ratio(pairs):
+    """`0.2 √(Σ tr A / Σ n) / √(Σ tr G / Σ m)`; the 0.2 was measured."""
+    left, right = (
+        sum(np.trace(factor) for factor in side) / sum(map(len, side))
+        for side in zip(*pairs, strict=True)
+    )
+    return 0.2 * np.sqrt(left / right)
+
+
+def test_global_damping_split(record):
+    """One π for all layers, which none of them has for itself."""
+    model, x, damping = mlp([3, 4, 2]), inputs(5, 3), 0.3
+    recorded = record(model, x, ["categorical"], damping_split="global")
+    trace = network_of(model.layers).trace(x)
+    pairs = [
+        kfac.exact_factors(trace, recorded.reference_terms, parameter)
+        for parameter in range(2)
+    ]
+    ratio = global_ratio(pairs)
+    found = refreshed_inverses(recorded, damping)
+    for pair, (_, inverses) in zip(pairs, found, strict=True):
+        assert_split(pair, inverses, ratio, damping)
+        assert abs(np.log(ratio / kfac.pi(*pair))) > 0.5
+
+
+def test_damping_split_by_layer(record):
+    model, x, damping = mlp([3, 4, 2]), inputs(5, 3), 0.3
+    recorded = record(model, x, ["categorical"], damping_split="layer")
+    trace = network_of(model.layers).trace(x)
+    for parameter, (_, inverses) in enumerate(
+        refreshed_inverses(recorded, damping)
+    ):
+        pair = kfac.exact_factors(trace, recorded.reference_terms, parameter)
+        assert_split(pair, inverses, kfac.pi(*pair), damping)
+
+
+def test_layer_out_of_reach_has_no_say_in_the_global_split(record):
+    recorded = record(
+        PartlyCut(), inputs(5, 3), ["normal"], damping_split="global"
+    )
+    (cut, cut_inverses), (used, inverses) = refreshed_inverses(recorded, 0.3)
+    assert np.trace(cut[0]) > 10 * np.trace(used[0])
+    np.testing.assert_array_equal(cut[1], np.zeros((2, 2)))
+    ratio = global_ratio([used])
+    assert_split(used, inverses, ratio, 0.3)
+    assert_split(cut, cut_inverses, ratio, 0.3)
+
+
+def test_global_split_where_no_layer_is_reached(record):
+    """There is nothing to compare: the factors share alike, but for the k."""
+    recorded = record(
+        PartlyCut(all_cut=True),
+        inputs(5, 3),
+        ["normal"],
+        damping_split="global",
+    )
+    for factors, inverses in refreshed_inverses(recorded, 0.3):
+        np.testing.assert_array_equal(factors[1], np.zeros((2, 2)))
+        assert_split(factors, inverses, 0.2, 0.3)
+
+
 def test_directions_and_matrices_round_trip(record):
     recorded = record(mlp([3, 4, 2]), inputs(5, 3), ["normal"])
     rng = np.random.default_rng(2)
@@ -276,3 +378,5 @@ def test_wrong_options():
         BlockOptions(fallback="none")
     with pytest.raises(ValueError, match="`weight_sharing` must be"):
         BlockOptions(weight_sharing="none")
+    with pytest.raises(ValueError, match="`damping_split` must be"):
+        BlockOptions(damping_split="none")
