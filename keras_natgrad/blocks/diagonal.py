@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher."""
+"""The diagonal of the Fisher, and what all diagonal blocks share."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing_extensions import override
 from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
 
 
-class DiagonalBlock(Block):
-    """The diagonal of a layer's Fisher, `Σ_n (Σ_s ā_s g_sᵀ)²`.
+class DiagonalCurvature(Block):
+    """A block whose Fisher is a diagonal: one average and its inverse.
 
-    Where a layer has one shared position the squares factor, and the
-    diagonal is `(ā²)ᵀ g²` without per-example gradients; otherwise these are
-    formed, `N n m` memory for the time of the update.
+    Both have `state_shape`, which broadcasts to `[rows, columns]`. Subclasses
+    say what statistic the diagonal is the average of.
 
     Args:
         shape: `BlockShape`.
     """
 
-    kind = "diagonal"
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of the average and of the inverse."""
+        return (self.shape.rows, self.shape.columns)
 
     @override
     def build_state(self) -> None:
-        matrix = (self.shape.rows, self.shape.columns)
-        self.add_average("diagonal", matrix)
-        self._inverse = self.add_cache("inverse", matrix)
+        self.add_average("diagonal", self.state_shape)
+        self._inverse = self.add_cache("inverse", self.state_shape)
 
     @override
     @classmethod
@@ -37,24 +38,6 @@ class DiagonalBlock(Block):
         self, inputs: tf.Tensor, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         return ()
-
-    @override
-    def cotangent_statistics(
-        self, inputs: tf.Tensor, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        def one_position() -> tf.Tensor:
-            return tf.matmul(
-                tf.square(inputs[:, 0]),
-                tf.square(cotangents[:, 0]),
-                transpose_a=True,
-            )
-
-        def several_positions() -> tf.Tensor:
-            gradients = contract_shared(inputs, cotangents)
-            return tf.reduce_sum(tf.square(gradients), axis=0)
-
-        single = tf.equal(tf.shape(inputs)[1], 1)
-        return (tf.cond(single, one_position, several_positions),)
 
     @override
     def trace(self) -> tf.Tensor:
@@ -79,6 +62,40 @@ class DiagonalBlock(Block):
     @override
     def operator(self) -> tf.linalg.LinearOperator:
         (diagonal,) = self.averages()
-        return tf.linalg.LinearOperatorDiag(
-            tf.reshape(diagonal, [-1]), is_self_adjoint=True
+        flat = tf.reshape(
+            tf.broadcast_to(diagonal, [self.shape.rows, self.shape.columns]),
+            [-1],
         )
+        return tf.linalg.LinearOperatorDiag(flat, is_self_adjoint=True)
+
+
+class DiagonalBlock(DiagonalCurvature):
+    """The diagonal of a layer's Fisher, `Σ_n (Σ_s ā_s g_sᵀ)²`.
+
+    Where a layer has one shared position the squares factor, and the
+    diagonal is `(ā²)ᵀ g²` without per-example gradients; otherwise these are
+    formed, `N n m` memory for the time of the update.
+
+    Args:
+        shape: `BlockShape`.
+    """
+
+    kind = "diagonal"
+
+    @override
+    def cotangent_statistics(
+        self, inputs: tf.Tensor, cotangents: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        def one_position() -> tf.Tensor:
+            return tf.matmul(
+                tf.square(inputs[:, 0]),
+                tf.square(cotangents[:, 0]),
+                transpose_a=True,
+            )
+
+        def several_positions() -> tf.Tensor:
+            gradients = contract_shared(inputs, cotangents)
+            return tf.reduce_sum(tf.square(gradients), axis=0)
+
+        single = tf.equal(tf.shape(inputs)[1], 1)
+        return (tf.cond(single, one_position, several_positions),)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.diagonal import DiagonalCurvature
 
 
-class GradientDiagonalBlock(Block):
+class GradientDiagonalBlock(DiagonalCurvature):
     """The Fisher's diagonal from gradients summed over the batch.
 
     With cotangents of independent random sign per example, the square of the
@@ -26,26 +27,6 @@ class GradientDiagonalBlock(Block):
     kind = "gradient_diagonal"
 
     @override
-    def build_state(self) -> None:
-        self.add_average("diagonal", self._state_shape)
-        self._inverse = self.add_cache("inverse", self._state_shape)
-
-    @property
-    def _state_shape(self) -> tuple[int, ...]:
-        return (self.shape.rows, self.shape.columns)
-
-    @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return 2 * shape.size
-
-    @override
-    def input_statistics(
-        self, inputs: tf.Tensor, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return ()
-
-    @override
     def cotangent_statistics(
         self, inputs: tf.Tensor, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
@@ -54,35 +35,6 @@ class GradientDiagonalBlock(Block):
     def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """Returns the squared `[rows, columns]` gradient."""
         return (tf.square(gradient),)
-
-    @override
-    def trace(self) -> tf.Tensor:
-        return tf.reduce_sum(self.averages()[0])
-
-    @override
-    def refresh(
-        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        (diagonal,) = self.averages()
-        inverse = tf.math.reciprocal(
-            diagonal + tf.cast(damping, diagonal.dtype)
-        )
-        finite = tf.math.is_finite(tf.reduce_sum(inverse))
-        self._inverse.assign(tf.where(finite, inverse, self._inverse.value))
-        return tf.constant(0, tf.int32), tf.cast(~finite, tf.int32)
-
-    @override
-    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
-        return self._inverse.value * gradient
-
-    @override
-    def operator(self) -> tf.linalg.LinearOperator:
-        (diagonal,) = self.averages()
-        flat = tf.reshape(
-            tf.broadcast_to(diagonal, [self.shape.rows, self.shape.columns]),
-            [-1],
-        )
-        return tf.linalg.LinearOperatorDiag(flat, is_self_adjoint=True)
 
 
 class GradientScalarBlock(GradientDiagonalBlock):
@@ -97,8 +49,9 @@ class GradientScalarBlock(GradientDiagonalBlock):
 
     kind = "first_order"
 
+    @override
     @property
-    def _state_shape(self) -> tuple[int, ...]:
+    def state_shape(self) -> tuple[int, ...]:
         return ()
 
     @override
