@@ -142,6 +142,28 @@ class Head(abc.ABC):
         seed = tf.cast(seed, tf.int32)
         return self.distribution(outputs).sample(seed=seed)
 
+    def mean(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the mean of the targets, e.g. of `model.predict(x)`.
+
+        Args:
+            outputs: Tensor or array of shape `[..., K]`.
+
+        Returns:
+            Tensor shaped like the targets.
+        """
+        return self.distribution(tensors.as_parameters(outputs)).mean()
+
+    def stddev(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the standard deviation of the targets.
+
+        Args:
+            outputs: Tensor or array of shape `[..., K]`.
+
+        Returns:
+            Tensor shaped like the targets.
+        """
+        return self.distribution(tensors.as_parameters(outputs)).stddev()
+
     def score(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Computes the score, the gradient of `log_prob()` in the outputs.
 

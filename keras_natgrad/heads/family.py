@@ -165,6 +165,25 @@ class Family(Head):
         units = self.units(self.values(outputs))
         return tf.reduce_sum(units.log_prob(targets), axis=-1)
 
+    def quantile(self, outputs: tf.Tensor, probability: float) -> tf.Tensor:
+        """Returns the value that targets stay below with a probability.
+
+        Args:
+            outputs: Tensor or array of shape `[..., K]`.
+            probability: Number between 0 and 1.
+
+        Returns:
+            Tensor `[..., D]`.
+
+        Raises:
+            NotImplementedError: If TensorFlow Probability knows no quantile
+                of this distribution.
+        """
+        values = self.values(outputs)
+        return self.units(values).quantile(
+            tf.constant(probability, next(iter(values.values())).dtype)
+        )
+
     def _match(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         return tensors.match_targets(self._split(outputs)[0], targets)
 

@@ -10,6 +10,8 @@ import keras
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.bernoulli import Bernoulli
 from keras_natgrad.heads.categorical import Categorical
+from keras_natgrad.heads.counts import Poisson
+from keras_natgrad.heads.location_scale import Laplace
 from keras_natgrad.heads.loss_weight import LossWeight
 from keras_natgrad.heads.normal import Normal
 
@@ -21,6 +23,9 @@ _LossFunctionWrapper = keras.losses.MeanSquaredError.__base__
 # Functions with a class of the same meaning and the same arguments.
 _CLASSES: dict[Any, type] = {
     keras.losses.mean_squared_error: keras.losses.MeanSquaredError,
+    keras.losses.mean_absolute_error: keras.losses.MeanAbsoluteError,
+    keras.losses.poisson: keras.losses.Poisson,
+    keras.losses.kl_divergence: keras.losses.KLDivergence,
     keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
     keras.losses.categorical_crossentropy: (
         keras.losses.CategoricalCrossentropy
@@ -34,6 +39,21 @@ _CLASSES: dict[Any, type] = {
 def _mean_squared_error(loss: Any) -> tuple[Head, LossWeight]:
     # (y - μ)² = -log N(y | μ, ½) + const.
     return Normal(scale=0.5**0.5), LossWeight(units="mean")
+
+
+def _mean_absolute_error(loss: Any) -> tuple[Head, LossWeight]:
+    # |y - μ| = -log Laplace(y | μ, 1) + const.
+    return Laplace(scale=1.0), LossWeight(units="mean")
+
+
+def _poisson(loss: Any) -> tuple[Head, LossWeight]:
+    # λ - y log λ = -log Poisson(y | λ) + const; the outputs are rates.
+    return Poisson(rate="identity"), LossWeight(units="mean")
+
+
+def _kl_divergence(loss: Any) -> tuple[Head, LossWeight]:
+    # Σ y log(y / p) is the cross-entropy of soft targets, up to a constant.
+    return Categorical(from_logits=False, sparse=False), LossWeight()
 
 
 def _binary_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
@@ -52,6 +72,9 @@ def _sparse_categorical_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
 # Filled by `register_loss()` only, like the registry of Keras's own objects.
 _CONVERTERS: dict[Any, Converter] = {
     keras.losses.MeanSquaredError: _mean_squared_error,
+    keras.losses.MeanAbsoluteError: _mean_absolute_error,
+    keras.losses.Poisson: _poisson,
+    keras.losses.KLDivergence: _kl_divergence,
     keras.losses.BinaryCrossentropy: _binary_crossentropy,
     keras.losses.CategoricalCrossentropy: _categorical_crossentropy,
     keras.losses.SparseCategoricalCrossentropy: (
@@ -124,6 +147,9 @@ def from_loss(
     | Loss                     | Head                        | Units |
     |--------------------------|-----------------------------|-------|
     | mean_squared_error       | `Normal(scale=√½)`          | mean  |
+    | mean_absolute_error      | `Laplace(scale=1.0)`        | mean  |
+    | poisson                  | `Poisson("identity")`       | mean  |
+    | kl_divergence            | `Categorical(False)`        | sum   |
     | binary_crossentropy      | `Bernoulli(from_logits)`    | mean  |
     | categorical_crossentropy | `Categorical(from_logits)`  | sum   |
     | sparse_…_crossentropy    | `Categorical(from_logits)`  | sum   |

@@ -45,7 +45,7 @@ class Observation:
         tape: The `CurvatureTape`.
         terms: The network's outputs as `OutputTerm`s.
         records: One `LayerRecord` per captured layer, in plan order.
-        usable: Scalar bool: all gradients finite, targets in the support.
+        usable: Scalar bool: loss and gradients finite, targets possible.
         surged: Scalar bool: the last step has to be taken back.
         captured: The `CapturedPass`, once `observe` has made it.
         backward: A backward pass of random cotangents, where one was made.
@@ -238,6 +238,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                 )
             terms = mean_terms(tape.model_outputs, self._head)
         usable = all_finite(gradients) & in_support(terms) & has_weight(terms)
+        # A loss may be infinite where its gradient is not.
+        usable &= tf.reduce_all(tf.math.is_finite(tape.loss))
         records = [tape.taps.record(layer) for layer in layers]
         _check_reached(records)
         observation = Observation(tape, terms, records, usable)

@@ -73,6 +73,22 @@ def test_mnist_autoencoder(tmp_path):
     assert_is_report(output, path)
 
 
+def test_heteroscedastic_regression(tmp_path):
+    path = tmp_path / "figure.png"
+    output = run(
+        "heteroscedastic_regression.py",
+        *("--epochs", "5", "--output", str(path)),
+    )
+    rows = [line.split() for line in output.splitlines()]
+    found = {
+        row[0]: row[1:] for row in rows if row[:1] in (["K-FAC"], ["Adam"])
+    }
+    for row in found.values():
+        assert 0.5 < float(row[0]) < 2.0 and 0.5 < float(row[1]) < 2.0
+    assert len(found) == 2
+    assert_is_figure(path)
+
+
 @pytest.mark.slow
 def test_mnist_autoencoder_on_a_file(tmp_path):
     """A file in the layout of MNIST, with the large network."""
@@ -90,7 +106,14 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
     assert_is_report(output, path)
 
 
-@pytest.mark.parametrize("name", ["quickstart.py", "mnist_autoencoder.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quickstart.py",
+        "mnist_autoencoder.py",
+        "heteroscedastic_regression.py",
+    ],
+)
 def test_help_and_header(name):
     text = (ROOT / "examples" / name).read_text(encoding="utf-8")
     for word in ("Title:", "Author: keras_natgrad authors", "Description:"):

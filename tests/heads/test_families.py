@@ -241,3 +241,12 @@ def test_targets_outside_the_support(head, target, message):
     outputs = np.zeros([1, len(head.parameter_names)])
     with pytest.raises(ValueError, match=message):
         head.validate_targets(outputs, np.array([[target]]))
+
+
+def test_predictions_become_means_deviations_and_quantiles():
+    head, outputs = heads.Normal("exp"), np.array([[1.0, np.log(2.0)]])
+    np.testing.assert_allclose(head.mean(outputs), [[1.0]])
+    np.testing.assert_allclose(head.stddev(outputs), [[2.0]])
+    np.testing.assert_allclose(
+        head.quantile(outputs, 0.975), [[1.0 + 2.0 * 1.959964]], rtol=1e-6
+    )

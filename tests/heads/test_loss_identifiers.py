@@ -32,6 +32,10 @@ SCCE = heads.Categorical(from_logits=False, sparse=True)
         ("CategoricalCrossentropy", CCE, "sum"),
         ("sparse_categorical_crossentropy", SCCE, "sum"),
         (keras.losses.sparse_categorical_crossentropy, SCCE, "sum"),
+        ("mae", heads.Laplace(scale=1.0), "mean"),
+        (keras.losses.MeanAbsoluteError(), heads.Laplace(scale=1.0), "mean"),
+        ("poisson", heads.Poisson("identity"), "mean"),
+        ("kl_divergence", CCE, "sum"),
     ],
 )
 def test_identifiers(loss, head, units):
@@ -100,7 +104,7 @@ def half_squared_error(y_true, y_pred):
 @pytest.mark.parametrize(
     ("loss", "name"),
     [
-        ("mae", "'mae'"),
+        ("mape", "'mape'"),
         ("nonsense", "'nonsense'"),
         (keras.losses.Huber(), "Huber"),
         (keras.losses.hinge, "hinge"),

@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_natgrad import heads
 from keras_natgrad.heads import LossWeight, from_loss
@@ -179,3 +180,35 @@ def test_negative_log_likelihood(reduction):
     actual = np.sum(coefficients * -head.log_prob(outputs, targets))
     expected = np.sum(loss(targets, outputs))
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mae", "poisson", "kl_divergence"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradient_is_the_weighted_score(name, reduction):
+    """Losses that are log-densities up to a constant of the targets."""
+    rng = np.random.default_rng(1)
+    outputs = rng.uniform(0.1, 1.0, size=(6, 4))
+    targets = rng.integers(0, 5, size=(6, 4)).astype(float)
+    if name == "kl_divergence":
+        outputs /= outputs.sum(axis=1, keepdims=True)
+        targets = rng.dirichlet(np.ones(4), size=6)
+    loss = {
+        "mae": keras.losses.MeanAbsoluteError,
+        "poisson": keras.losses.Poisson,
+        "kl_divergence": keras.losses.KLDivergence,
+    }[name](reduction=reduction, dtype="float64")
+    head, weight = from_loss(loss, outputs.shape)
+    with tf.GradientTape() as tape:
+        variable = tf.constant(outputs)
+        tape.watch(variable)
+        value = loss(targets, variable)
+    gradient = tape.gradient(value, variable).numpy()
+    score = head.score(outputs, targets).numpy()
+    if name == "kl_divergence":
+        # The head normalises: its score has no part that scales the outputs.
+        gradient -= np.sum(gradient * outputs, axis=1, keepdims=True)
+        score -= np.sum(score * outputs, axis=1, keepdims=True)
+    coefficients = weight.coefficients(outputs).numpy()
+    np.testing.assert_allclose(
+        gradient, -coefficients[:, None] * score, rtol=1e-5, atol=1e-9
+    )

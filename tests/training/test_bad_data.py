@@ -45,6 +45,26 @@ def test_a_batch_that_is_not_finite_is_skipped(run_eagerly, value):
     assert all(np.all(np.isfinite(each)) for each in state(model))
 
 
+def test_a_loss_that_is_not_finite_with_finite_gradients():
+    """It must not reach the averages of the surge guard."""
+    x, y = data()
+    model = compiled()
+    model.train_on_batch(x, y)
+    before, optimizer = weights(model), model.optimizer
+    with kng.CurvatureTape(optimizer) as tape:
+        outputs = model(x, training=True)
+        tape.observe(
+            kng.training.terms.mean_terms(outputs, kng.heads.Categorical())
+        )
+        loss = model.compute_loss(x, y, outputs) + tf.constant(np.inf)
+    gradients = tape.gradient(loss, model.trainable_variables)
+    assert all(np.all(np.isfinite(each)) for each in gradients)
+    optimizer.apply(gradients, model.trainable_variables)
+    assert_equal(weights(model), before)
+    assert optimizer.statistics["skipped"] == 1
+    assert all(np.all(np.isfinite(each)) for each in state(model))
+
+
 def test_a_bad_first_batch():
     x, y = data()
     model = compiled()
