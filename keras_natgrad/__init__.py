@@ -4,7 +4,7 @@ from keras_natgrad._backend import require_tensorflow_backend
 
 require_tensorflow_backend()
 
-from keras_natgrad import blocks, callbacks, capture, heads, losses
+from keras_natgrad import blocks, callbacks, capture, heads, losses, metrics
 from keras_natgrad.blocks import register_block
 from keras_natgrad.capture import CurvatureTape, register_layer
 from keras_natgrad.fisher import fisher
@@ -23,6 +23,7 @@ __all__ = [
     "fisher",
     "heads",
     "losses",
+    "metrics",
     "register_block",
     "register_layer",
 ]

@@ -22,6 +22,7 @@ MAY_IMPORT["linalg"] = set()
 MAY_IMPORT["heads"] = {"linalg"}
 MAY_IMPORT["blocks"] = {"linalg"}
 MAY_IMPORT["losses"] = {"linalg", "heads"}
+MAY_IMPORT["metrics"] = {"linalg", "heads"}
 MAY_IMPORT["capture"] = {"linalg", "blocks"}
 MAY_IMPORT["solvers"] = {"linalg", "heads", "blocks"}
 MAY_IMPORT["step"] = {"linalg", "heads", "blocks"}

@@ -184,6 +184,20 @@ class Family(Head):
             tf.constant(probability, next(iter(values.values())).dtype)
         )
 
+    def cdf(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        """Returns the probability of at most the targets, unit by unit.
+
+        Args:
+            outputs: Tensor or array of shape `[..., K]`.
+            targets: Tensor or array of shape `[..., D]`.
+
+        Returns:
+            Tensor `[..., D]`.
+        """
+        outputs = tensors.as_parameters(outputs)
+        targets = self._match(outputs, targets)
+        return self.units(self.values(outputs)).cdf(targets)
+
     def _match(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         return tensors.match_targets(self._split(outputs)[0], targets)
 

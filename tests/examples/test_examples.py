@@ -89,6 +89,13 @@ def test_heteroscedastic_regression(tmp_path):
     assert_is_figure(path)
 
 
+def test_count_regression():
+    output = run("count_regression.py", "--epochs", "3")
+    rows = [line.rsplit(maxsplit=3) for line in output.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["K-FAC", "Adam"] * 2
+    assert all(0 < float(cell) < 100 for row in rows for cell in row[2:])
+
+
 @pytest.mark.slow
 def test_mnist_autoencoder_on_a_file(tmp_path):
     """A file in the layout of MNIST, with the large network."""
@@ -112,6 +119,7 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
         "quickstart.py",
         "mnist_autoencoder.py",
         "heteroscedastic_regression.py",
+        "count_regression.py",
     ],
 )
 def test_help_and_header(name):

@@ -85,7 +85,8 @@ def test_default_kfac_finds_the_maximum_of_the_likelihood(name):
     at_truth = -np.mean(head.log_prob(truth, y))
     found = -np.mean(head.log_prob(model(x), y))
     assert found <= at_truth + 5e-3
-    assert optimizer.statistics["skipped"] == 0
+    # A step to where the loss overflows is skipped once, then taken back.
+    assert optimizer.statistics["skipped"] <= optimizer.statistics["retracted"]
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
 
 
