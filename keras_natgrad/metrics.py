@@ -11,7 +11,10 @@ import tensorflow as tf
 from keras_natgrad import heads
 
 
-@keras.saving.register_keras_serializable(package="keras_natgrad")
+# The loss of the same name has the registered one already.
+@keras.saving.register_keras_serializable(
+    package="keras_natgrad", name="NegativeLogLikelihoodMetric"
+)
 class NegativeLogLikelihood(keras.metrics.Mean):
     """Mean negative log-likelihood of the targets under a head.
 
@@ -87,13 +90,16 @@ class CalibrationError(keras.metrics.Metric):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, dtype=dtype)
-        self.head = heads.get(head)
-        family = isinstance(self.head, heads.Family)
-        if not family or self.head.target_support == "count":
+        family = heads.get(head)
+        if (
+            not isinstance(family, heads.Family)
+            or family.target_support == "count"
+        ):
             raise ValueError(
                 "`CalibrationError` needs a keras_natgrad.heads.Family of "
-                f"continuous targets. Received: head={self.head!r}"
+                f"continuous targets. Received: head={family!r}"
             )
+        self.head = family
         if isinstance(levels, bool) or not levels >= 1:
             raise ValueError(
                 "`levels` must be a positive integer. "
@@ -122,7 +128,11 @@ class CalibrationError(keras.metrics.Metric):
                 sample_weight, tf.concat([tf.shape(below)[:-1], [1]], 0)
             )
         inside = tf.cast(below[..., tf.newaxis] <= self._levels(), below.dtype)
-        count = tf.einsum("...d,...dl->l", weights, inside)
+        count = tf.linalg.matvec(
+            tf.reshape(inside, [-1, self.levels]),
+            tf.reshape(weights, [-1]),
+            transpose_a=True,
+        )
         self._below.assign_add(tf.cast(count, self._below.dtype))
         self._total.assign_add(
             tf.cast(tf.reduce_sum(weights), self._total.dtype)
