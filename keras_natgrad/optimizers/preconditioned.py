@@ -39,6 +39,7 @@ from keras_natgrad.step.directions import (
     pad_pair,
     ridge_gram,
 )
+from keras_natgrad.step.guard import loss_before
 from keras_natgrad.step.length import model_change, quadratic_form
 from keras_natgrad.step.update import apply_update
 
@@ -281,11 +282,26 @@ class PreconditionedOptimizer(CurvatureOptimizer):
     def has_surged(self, observation: Observation) -> tf.Tensor:
         if not self._guarded:
             return tf.constant(False)
-        surge = self.state.guard.is_surge(observation.tape.loss)
+        guard, loss = self.state.guard, observation.tape.loss
+        surge = guard.is_surge(loss) & observation.usable
+        objective = observation.tape.objective
+        if objective is not None:
+            surge = tf.cond(
+                surge,
+                lambda: guard.is_blamed(
+                    loss,
+                    loss_before(
+                        objective,
+                        _compat.optimizer_variables(self),
+                        self._velocities,
+                    ),
+                ),
+                lambda: tf.constant(False),
+            )
         # One batch that is not finite has bad data; a second one in a row
         # says that the weights are bad.
         again = ~observation.usable & self.state.skipped_last()
-        return (surge & observation.usable) | again
+        return surge | again
 
     @override
     def skip_step(self, observation: Observation) -> None:

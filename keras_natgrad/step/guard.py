@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import tensorflow as tf
 
 # A batch's loss counts as a surge beyond this many mean absolute deviations
@@ -40,6 +43,21 @@ class SurgeGuard:
         )
         return tf.logical_and(weight > 0, loss > threshold)
 
+    def is_blamed(self, loss: tf.Tensor, before: tf.Tensor) -> tf.Tensor:
+        """Returns whether a surge is the step's doing, and not the batch's.
+
+        Near the end of training a batch with a few hard examples stands out as
+        a bad step does. The step is to blame where it made up more than half
+        of what the loss is above the average.
+
+        Args:
+            loss: Scalar, of a batch now.
+            before: Scalar, of the same batch before the last step.
+        """
+        average, _, _ = self._debiased()
+        loss, before = (tf.cast(x, average.dtype) for x in (loss, before))
+        return loss - before > 0.5 * (loss - average)
+
     def accept(self, loss: tf.Tensor) -> None:
         """Takes a loss into the running average."""
         average, _, weight = self._debiased()
@@ -53,3 +71,29 @@ class SurgeGuard:
         total, deviation, weight = tf.unstack(tf.convert_to_tensor(self._state))
         safe = tf.where(weight > 0, weight, tf.ones_like(weight))
         return total / safe, deviation / safe, weight
+
+
+def loss_before(
+    objective: Callable[[], Any],
+    variables: Sequence[Any],
+    velocities: Sequence[Any],
+) -> tf.Tensor:
+    """Returns a loss at the weights before the last step.
+
+    Args:
+        objective: Returns the loss at the current weights.
+        variables: `keras.Variable`s, afterwards exactly as they were.
+        velocities: The last step, one `keras.Variable` per variable.
+    """
+    now = [tf.identity(variable.value) for variable in variables]
+    for variable, value, velocity in zip(
+        variables, now, velocities, strict=True
+    ):
+        step = tf.cast(tf.convert_to_tensor(velocity), variable.dtype)
+        variable.assign(value - step)
+    with tf.control_dependencies(now):
+        before = tf.convert_to_tensor(objective())
+    with tf.control_dependencies([before]):
+        for variable, value in zip(variables, now, strict=True):
+            variable.assign(value)
+    return before

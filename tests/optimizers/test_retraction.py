@@ -118,3 +118,20 @@ def test_constant_damping_takes_nothing_back(float64):
     assert any(
         np.any(a != b) for a, b in zip(weights(model), after, strict=True)
     )
+
+
+def test_a_hard_batch_is_not_taken_for_a_bad_step():
+    """Its loss was as high before the step: nothing is taken back."""
+    x, y = data()
+    model = compiled(optimizer=kng.KFAC())
+    for _ in range(8):
+        model.train_on_batch(x, y)
+    # Labels that the model has learned to be wrong.
+    hard = (y + 1) % 3
+    loss = tf.constant(model.evaluate(x, hard, verbose=0))
+    assert bool(model.optimizer.state.guard.is_surge(loss))
+    damping = model.optimizer.statistics["damping"]
+    model.train_on_batch(x, hard)
+    found = model.optimizer.statistics
+    assert found["retracted"] == found["skipped"] == 0
+    assert found["damping"] <= 2 * damping

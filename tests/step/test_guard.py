@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_natgrad.step.guard import SurgeGuard
+from keras_natgrad.step.guard import SurgeGuard, loss_before
 
 
 @pytest.fixture
@@ -145,3 +145,38 @@ def test_float32_loss_in_a_graph(jit_compile, make_guard):
         guard._debiased(), expected._debiased(), rtol=1e-12
     )
     assert accept(tf.constant(9.0))
+
+
+@pytest.mark.parametrize(
+    ("before", "blamed"), [(1.0, True), (1.4, True), (1.6, False), (2.5, False)]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3])
+def test_step_is_blamed_for_more_than_half_of_a_surge(
+    before, blamed, scale, make_guard
+):
+    """A hard batch was as bad before the step."""
+    guard = make_guard([scale, scale, scale])
+    found = guard.is_blamed(
+        tf.constant(2.0 * scale, tf.float64),
+        tf.constant(before * scale, tf.float64),
+    )
+    assert bool(found) == blamed
+
+
+@pytest.mark.parametrize("jit_compile", [None, False, True])
+def test_loss_before_leaves_the_weights_as_they_are(jit_compile):
+    rng = np.random.default_rng(0)
+    values, steps = rng.normal(size=(2, 5)).astype("float32")
+    weight, velocity = keras.Variable(values), keras.Variable(steps)
+
+    def measure():
+        return loss_before(
+            lambda: tf.reduce_sum(weight.value**2), [weight], [velocity]
+        )
+
+    if jit_compile is not None:
+        measure = tf.function(measure, jit_compile=jit_compile)
+    expected = np.sum((values - steps) ** 2)
+    np.testing.assert_allclose(measure(), expected, rtol=1e-5)
+    np.testing.assert_array_equal(weight, values)
+    np.testing.assert_array_equal(velocity, steps)
