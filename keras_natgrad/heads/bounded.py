@@ -22,10 +22,10 @@ class Beta(Family):
         [[a² (ψ₁(a) − ψ₁(s)), −a b ψ₁(s)], [·, b² (ψ₁(b) − ψ₁(s))]].
 
     Args:
-        concentration1: The concentration a, at 1;
-            a number or a link. Defaults to `"softplus"`.
-        concentration0: The concentration b, at 0;
-            a number or a link. Defaults to `"softplus"`.
+        concentration1: The concentration a, at 1, a number or a link. Defaults
+            to `"softplus"`.
+        concentration0: The concentration b, at 0, a number or a link. Defaults
+            to `"softplus"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a
@@ -83,8 +83,8 @@ class VonMises(Family):
     `diag(κ A, κ² A'(κ))`.
 
     Args:
-        concentration: The concentration;
-            a number or a link. Defaults to `"softplus"`.
+        concentration: The concentration, a number or a link. Defaults to
+            `"softplus"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a

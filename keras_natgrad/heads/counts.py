@@ -9,7 +9,12 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad.heads import tensors
-from keras_natgrad.heads.family import Family, Information, Parameter
+from keras_natgrad.heads.family import (
+    Family,
+    Information,
+    Parameter,
+    check_count,
+)
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import dispersion_information, zero_truncation
 
@@ -21,8 +26,7 @@ class Poisson(Family):
     The Fisher matrix in log rate is the rate.
 
     Args:
-        rate: The rate;
-            a number or a link. Defaults to `"exp"`.
+        rate: The rate, a number or a link. Defaults to `"exp"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a
@@ -86,10 +90,9 @@ class NegativeBinomial(Family):
         log total_count:  r² (ψ₁(r) − E ψ₁(r + Y) − μ / (r (r + μ))).
 
     Args:
-        mean: The mean;
-            a number or a link. Defaults to `"softplus"`.
-        total_count: The number of failures, the inverse dispersion;
-            a number or a link. Defaults to `"softplus"`.
+        mean: The mean, a number or a link. Defaults to `"softplus"`.
+        total_count: The number of failures, the inverse dispersion, a number or
+            a link. Defaults to `"softplus"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a
@@ -142,8 +145,8 @@ class NegativeBinomialLogits(Family):
     Args:
         probs: The probability of success, a number or a link. Defaults to
             `"sigmoid"`.
-        total_count: The number of failures;
-            a number or a link. Defaults to `"softplus"`.
+        total_count: The number of failures, a number or a link. Defaults to
+            `"softplus"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a
@@ -194,8 +197,7 @@ class ZeroInflatedPoisson(Family):
     Args:
         probs: The probability of an extra zero, a number or a link. Defaults
             to `"sigmoid"`.
-        rate: The rate;
-            a number or a link. Defaults to `"exp"`.
+        rate: The rate, a number or a link. Defaults to `"exp"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a
@@ -278,12 +280,7 @@ class Binomial(Family):
         self, total_count: float, probs: float | str | Any = "sigmoid"
     ) -> None:
         super().__init__(probs=probs)
-        if isinstance(total_count, bool) or not total_count >= 1:
-            raise ValueError(
-                "`total_count` must be a positive number of trials, such as "
-                f"10. Received: total_count={total_count!r}"
-            )
-        self.total_count = float(total_count)
+        self.total_count = check_count(total_count)
 
     def units(self, values: dict[str, tf.Tensor]) -> Any:
         """Builds the units' distributions; see `Family.units()`."""

@@ -390,3 +390,13 @@ def _check_fixed(name: str, number: Any, support: str) -> float:
             f"Received: {name}={number}"
         )
     return number
+
+
+def check_count(total_count: Any) -> float:
+    """Returns a fixed number of trials or draws, else raises ValueError."""
+    if isinstance(total_count, bool) or not total_count >= 1:
+        raise ValueError(
+            "`total_count` must be a positive number of draws or trials, such "
+            f"as 10. Received: total_count={total_count!r}"
+        )
+    return float(total_count)

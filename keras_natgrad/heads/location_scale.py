@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
 
 from keras_natgrad.heads.family import Family, Information, Parameter
+from keras_natgrad.heads.normal import normal_information
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import (
     EULER_GAMMA,
@@ -17,8 +18,32 @@ from keras_natgrad.heads.special import (
 )
 
 
+class LocationScale(Family):
+    """Base of families whose parameters are a location and a scale.
+
+    Args:
+        scale: The scale, a positive number or the link that makes it from the
+            outputs. Defaults to `"softplus"`.
+
+    Raises:
+        ValueError: If `scale` is neither positive and finite nor a link.
+    """
+
+    parameters = (Parameter("loc", "real"), Parameter("scale", "positive"))
+    #: Name of the distribution in TensorFlow Probability.
+    distribution_name: ClassVar[str]
+
+    def __init__(self, scale: float | str | Any = "softplus") -> None:
+        super().__init__(scale=scale)
+
+    def units(self, values: dict[str, tf.Tensor]) -> Any:
+        """Builds the units' distributions; see `Family.units()`."""
+        make = getattr(distributions(), self.distribution_name)
+        return make(values["loc"], values["scale"])
+
+
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class LogNormal(Family):
+class LogNormal(LocationScale):
     r"""Positive targets whose logarithm is normal.
 
     The Fisher matrix in (loc, log scale) is `diag(1/scale², 2)`, that of the
@@ -29,31 +54,19 @@ class LogNormal(Family):
             outputs. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If `scale` is neither positive and finite nor a link.
     """
 
-    parameters = (
-        Parameter("loc", "real"),
-        Parameter("scale", "positive"),
-    )
+    distribution_name = "LogNormal"
     target_support = "positive"
-
-    def __init__(self, scale: float | str | Any = "softplus") -> None:
-        super().__init__(scale=scale)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().LogNormal(values["loc"], values["scale"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
-        scale = values["scale"]
-        return Information((1.0 / tf.square(scale), 2.0 * tf.ones_like(scale)))
+        return normal_information(values["scale"])
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class LogitNormal(Family):
+class LogitNormal(LocationScale):
     r"""Targets between 0 and 1 whose logit is normal.
 
     The Fisher matrix in (loc, log scale) is `diag(1/scale², 2)`, that of the
@@ -64,31 +77,19 @@ class LogitNormal(Family):
             outputs. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If `scale` is neither positive and finite nor a link.
     """
 
-    parameters = (
-        Parameter("loc", "real"),
-        Parameter("scale", "positive"),
-    )
+    distribution_name = "LogitNormal"
     target_support = "unit"
-
-    def __init__(self, scale: float | str | Any = "softplus") -> None:
-        super().__init__(scale=scale)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().LogitNormal(values["loc"], values["scale"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
-        scale = values["scale"]
-        return Information((1.0 / tf.square(scale), 2.0 * tf.ones_like(scale)))
+        return normal_information(values["scale"])
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class Laplace(Family):
+class Laplace(LocationScale):
     r"""Laplace targets: the mean absolute error for `scale=1.0`.
 
     The Fisher matrix in (loc, log scale) is `diag(1/scale², 1)`. The Hessian of
@@ -100,21 +101,10 @@ class Laplace(Family):
             outputs. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If `scale` is neither positive and finite nor a link.
     """
 
-    parameters = (
-        Parameter("loc", "real"),
-        Parameter("scale", "positive"),
-    )
-
-    def __init__(self, scale: float | str | Any = "softplus") -> None:
-        super().__init__(scale=scale)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Laplace(values["loc"], values["scale"])
+    distribution_name = "Laplace"
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -123,7 +113,7 @@ class Laplace(Family):
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class Logistic(Family):
+class Logistic(LocationScale):
     r"""Logistic targets.
 
     The Fisher matrix in (loc, log scale) is `diag(1/(3 scale²), (π² + 3)/9)`.
@@ -133,21 +123,10 @@ class Logistic(Family):
             outputs. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If `scale` is neither positive and finite nor a link.
     """
 
-    parameters = (
-        Parameter("loc", "real"),
-        Parameter("scale", "positive"),
-    )
-
-    def __init__(self, scale: float | str | Any = "softplus") -> None:
-        super().__init__(scale=scale)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Logistic(values["loc"], values["scale"])
+    distribution_name = "Logistic"
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -159,7 +138,7 @@ class Logistic(Family):
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class Cauchy(Family):
+class Cauchy(LocationScale):
     r"""Cauchy targets: outliers of any size.
 
     The Fisher matrix in (loc, log scale) is `diag(1/(2 scale²), 1/2)`.
@@ -169,21 +148,10 @@ class Cauchy(Family):
             outputs. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If `scale` is neither positive and finite nor a link.
     """
 
-    parameters = (
-        Parameter("loc", "real"),
-        Parameter("scale", "positive"),
-    )
-
-    def __init__(self, scale: float | str | Any = "softplus") -> None:
-        super().__init__(scale=scale)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Cauchy(values["loc"], values["scale"])
+    distribution_name = "Cauchy"
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -192,7 +160,7 @@ class Cauchy(Family):
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class Gumbel(Family):
+class Gumbel(LocationScale):
     r"""Gumbel targets: maxima of many values.
 
     The Fisher matrix in (loc, log scale) is, with Euler's γ,
@@ -204,21 +172,10 @@ class Gumbel(Family):
             outputs. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If `scale` is neither positive and finite nor a link.
     """
 
-    parameters = (
-        Parameter("loc", "real"),
-        Parameter("scale", "positive"),
-    )
-
-    def __init__(self, scale: float | str | Any = "softplus") -> None:
-        super().__init__(scale=scale)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Gumbel(values["loc"], values["scale"])
+    distribution_name = "Gumbel"
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""

@@ -11,8 +11,9 @@ import tensorflow as tf
 
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
+from keras_natgrad.heads.family import check_count
 from keras_natgrad.heads.links import get_link, link_config
-from keras_natgrad.heads.probability import distributions
+from keras_natgrad.heads.probability import distributions, mathematics
 from keras_natgrad.heads.special import trigamma_excess
 
 
@@ -248,7 +249,7 @@ class Multinomial(Head):
     """
 
     def __init__(self, total_count: float) -> None:
-        self.total_count = _check_count(total_count)
+        self.total_count = check_count(total_count)
 
     def distribution(self, outputs: tf.Tensor) -> Any:
         """Builds the `Multinomial` distribution."""
@@ -299,15 +300,6 @@ class Multinomial(Head):
         return {"total_count": self.total_count}
 
 
-def _check_count(total_count: Any) -> float:
-    if isinstance(total_count, bool) or not total_count >= 1:
-        raise ValueError(
-            "`total_count` must be a positive number of draws, such as 10. "
-            f"Received: total_count={total_count!r}"
-        )
-    return float(total_count)
-
-
 def _remainder(x: tf.Tensor, excess: tf.Tensor) -> tf.Tensor:
     """Returns `x − 1/ψ₁(x)`."""
     return x * excess / (x + excess)
@@ -324,16 +316,14 @@ def _parameter_count(dimension: int) -> int:
 
 def _fill_triangular(entries: tf.Tensor) -> tf.Tensor:
     """Returns the lower triangular matrices of `[..., d (d + 1) / 2]`."""
-    import tensorflow_probability as tfp
-
-    return tfp.math.fill_triangular(entries)
+    return mathematics().fill_triangular(entries)
 
 
 def _take_triangular(matrix: tf.Tensor) -> tf.Tensor:
     """Returns the entries of the lower triangle: undoes the filling."""
-    import tensorflow_probability as tfp
-
-    return tfp.math.fill_triangular_inverse(tf.linalg.band_part(matrix, -1, 0))
+    return mathematics().fill_triangular_inverse(
+        tf.linalg.band_part(matrix, -1, 0)
+    )
 
 
 def _diagonal_of(matrix: tf.Tensor) -> tf.Tensor:

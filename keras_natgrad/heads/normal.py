@@ -68,5 +68,9 @@ class Normal(Family):
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
-        scale = values["scale"]
-        return Information((1.0 / tf.square(scale), 2.0 * tf.ones_like(scale)))
+        return normal_information(values["scale"])
+
+
+def normal_information(scale: tf.Tensor) -> Information:
+    """Returns the Fisher matrix of a normal in (loc, log scale)."""
+    return Information((1.0 / tf.square(scale), 2.0 * tf.ones_like(scale)))

@@ -23,8 +23,7 @@ class Exponential(Family):
     The Fisher matrix in log rate is 1.
 
     Args:
-        rate: The rate;
-            a number or a link. Defaults to `"exp"`.
+        rate: The rate, a number or a link. Defaults to `"exp"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a
@@ -54,10 +53,9 @@ class Gamma(Family):
     concentration, is `[[α, −α], [·, α² ψ₁(α)]]`.
 
     Args:
-        rate: The rate;
-            a number or a link. Defaults to `"softplus"`.
-        concentration: The concentration;
-            a number or a link. Defaults to `"softplus"`.
+        rate: The rate, a number or a link. Defaults to `"softplus"`.
+        concentration: The concentration, a number or a link. Defaults to
+            `"softplus"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a
@@ -85,12 +83,7 @@ class Gamma(Family):
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
-        alpha = values["concentration"]
-        # α² ψ₁(α) = α + h(α): the complement is h itself.
-        excess = trigamma_excess(alpha)
-        return Information(
-            (alpha, alpha + excess), coupling=-alpha, schur=excess
-        )
+        return _gamma_information(values["concentration"])
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -101,10 +94,9 @@ class InverseGamma(Family):
     concentration, is `[[α, −α], [·, α² ψ₁(α)]]`.
 
     Args:
-        scale: The scale;
-            a number or a link. Defaults to `"softplus"`.
-        concentration: The concentration;
-            a number or a link. Defaults to `"softplus"`.
+        scale: The scale, a number or a link. Defaults to `"softplus"`.
+        concentration: The concentration, a number or a link. Defaults to
+            `"softplus"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a
@@ -132,12 +124,7 @@ class InverseGamma(Family):
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
-        alpha = values["concentration"]
-        # α² ψ₁(α) = α + h(α): the complement is h itself.
-        excess = trigamma_excess(alpha)
-        return Information(
-            (alpha, alpha + excess), coupling=-alpha, schur=excess
-        )
+        return _gamma_information(values["concentration"])
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -148,10 +135,9 @@ class InverseGaussian(Family):
     `diag(concentration/loc, 1/2)`.
 
     Args:
-        loc: The mean;
-            a number or a link. Defaults to `"softplus"`.
-        concentration: The concentration;
-            a number or a link. Defaults to `"softplus"`.
+        loc: The mean, a number or a link. Defaults to `"softplus"`.
+        concentration: The concentration, a number or a link. Defaults to
+            `"softplus"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a
@@ -193,10 +179,9 @@ class Weibull(Family):
     `[[k², (γ − 1) k], [·, π²/6 + (1 − γ)²]]`.
 
     Args:
-        scale: The scale;
-            a number or a link. Defaults to `"softplus"`.
-        concentration: The concentration;
-            a number or a link. Defaults to `"softplus"`.
+        scale: The scale, a number or a link. Defaults to `"softplus"`.
+        concentration: The concentration, a number or a link. Defaults to
+            `"softplus"`.
 
     Raises:
         ValueError: If an argument is neither a number in its range nor a
@@ -232,3 +217,14 @@ class Weibull(Family):
             coupling=(EULER_GAMMA - 1.0) * k,
             schur=GUMBEL_SPREAD**2 * ones,
         )
+
+
+def _gamma_information(concentration: tf.Tensor) -> Information:
+    """Returns that of (log rate or scale, log concentration)."""
+    # α² ψ₁(α) = α + h(α): the complement is h itself.
+    excess = trigamma_excess(concentration)
+    return Information(
+        (concentration, concentration + excess),
+        coupling=-concentration,
+        schur=excess,
+    )

@@ -16,12 +16,28 @@ def distributions() -> Any:
         ImportError: If TensorFlow Probability or the `tf_keras` package it
             depends on is not installed.
     """
+    return _load("distributions")
+
+
+def mathematics() -> Any:
+    """Returns `tensorflow_probability.math`, imported on first use.
+
+    Returns:
+        The module `tensorflow_probability.math`.
+
+    Raises:
+        ImportError: As `distributions()`.
+    """
+    return _load("math")
+
+
+def _load(module: str) -> Any:
     try:
         import tensorflow_probability as tfp
 
         # TFP loads its modules on first access and fails only then when
         # `tf_keras` is missing.
-        return tfp.distributions
+        return getattr(tfp, module)
     except ImportError as error:
         raise ImportError(
             "Output distributions need TensorFlow Probability and tf_keras. "

@@ -41,8 +41,8 @@ class LevenbergMarquardt:
         minimum: Smallest damping, relative to the mean eigenvalue.
         maximum: Largest damping, relative to the mean eigenvalue.
         inverse_ratio: Damping of the inverses relative to that of the
-            quadratic model. The model couples the layers and is exact, so
-            that the inverses need less.
+            quadratic model. The model couples the layers, which the inverses
+            do not, so that they need less.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -142,7 +142,7 @@ def test_head_survives_saving(name):
         ),
         (lambda: heads.Dirichlet().validate((None, 1)), "at least two"),
         (lambda: heads.Dirichlet("sigmoid"), "`concentration` must be"),
-        (lambda: heads.Multinomial(0), "positive number of draws"),
+        (lambda: heads.Multinomial(0), "positive number of draws or trials"),
         (
             lambda: heads.Multinomial(2).validate_targets(
                 np.zeros([1, 2]), np.array([[1.0, 2.0]])
