@@ -4,18 +4,28 @@ from keras_natgrad._backend import require_tensorflow_backend
 
 require_tensorflow_backend()
 
-from keras_natgrad import blocks, callbacks, capture, heads, losses, metrics
+from keras_natgrad import (
+    blocks,
+    callbacks,
+    capture,
+    heads,
+    losses,
+    metrics,
+    solvers,
+)
 from keras_natgrad.blocks import register_block
 from keras_natgrad.capture import CurvatureTape, register_layer
 from keras_natgrad.fisher import fisher
-from keras_natgrad.optimizers import KFAC
-from keras_natgrad.step import LevenbergMarquardt
+from keras_natgrad.optimizers import KFAC, NaturalGradient
+from keras_natgrad.step import LevenbergMarquardt, LineSearch
 from keras_natgrad.version import __version__
 
 __all__ = [
     "KFAC",
     "CurvatureTape",
     "LevenbergMarquardt",
+    "LineSearch",
+    "NaturalGradient",
     "__version__",
     "blocks",
     "callbacks",
@@ -26,4 +36,5 @@ __all__ = [
     "metrics",
     "register_block",
     "register_layer",
+    "solvers",
 ]

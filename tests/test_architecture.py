@@ -26,7 +26,7 @@ MAY_IMPORT["metrics"] = {"linalg", "heads"}
 MAY_IMPORT["capture"] = {"linalg", "blocks"}
 MAY_IMPORT["solvers"] = {"linalg", "heads", "blocks"}
 MAY_IMPORT["step"] = {"linalg", "heads", "blocks"}
-MAY_IMPORT["curvature"] = {"linalg", "heads", "blocks", "capture"}
+MAY_IMPORT["curvature"] = {*("linalg", "heads"), "blocks", "capture", "solvers"}
 MAY_IMPORT["training"] = {*MAY_IMPORT["curvature"], "curvature", "losses"}
 MAY_IMPORT["optimizers"] = {
     *MAY_IMPORT["training"],

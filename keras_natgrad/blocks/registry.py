@@ -7,6 +7,7 @@ from typing import Any
 from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalBlock
 from keras_natgrad.blocks.full import FullBlock
+from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock
 
 _BLOCKS: dict[str, type[Block]] = {
@@ -14,6 +15,7 @@ _BLOCKS: dict[str, type[Block]] = {
     "kfac": KroneckerBlock,
     "diagonal": DiagonalBlock,
     "full": FullBlock,
+    "identity": IdentityBlock,
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from keras_natgrad.heads import Head
+from keras_natgrad.heads.tensors import as_parameters
 
 #: The ways to estimate the Fisher, by what is sent back through the network.
 FISHER_KINDS = ("exact", "propagated", "sampled", "empirical")
@@ -47,7 +48,7 @@ class OutputTerm:
 
     def cotangent(self, column_values: tf.Tensor) -> tf.Tensor:
         """Returns `√c L e` for `e` of shape `[batch, ..., rank]`."""
-        parameters = _parameters(self.outputs)
+        parameters = as_parameters(self.outputs)
         product = self.head.fisher_factor_product(parameters, column_values)
         return tf.stop_gradient(
             tf.cast(
@@ -58,7 +59,7 @@ class OutputTerm:
 
     def score(self, targets: tf.Tensor) -> tf.Tensor:
         """Returns `√c ∂ log p(targets | η) / ∂η`."""
-        parameters = _parameters(self.outputs)
+        parameters = as_parameters(self.outputs)
         score = self.head.score(parameters, targets)
         return tf.stop_gradient(
             tf.cast(tf.cast(self.root, score.dtype) * score, self.outputs.dtype)
@@ -66,7 +67,7 @@ class OutputTerm:
 
     def factor_transpose(self, tangents: tf.Tensor) -> tf.Tensor:
         """Returns `√c Lᵀ t` for tangents `t = J δ` at the outputs."""
-        parameters = _parameters(self.outputs)
+        parameters = as_parameters(self.outputs)
         product = self.head.fisher_factor_transpose_product(
             parameters, tf.cast(tangents, parameters.dtype)
         )
@@ -115,7 +116,7 @@ def random_cotangents(
             signs = random_signs(shape, term_seed, term.outputs)
             cotangents.append(term.cotangent(signs))
         elif kind == "sampled":
-            targets = term.head.sample(_parameters(term.outputs), term_seed)
+            targets = term.head.sample(as_parameters(term.outputs), term_seed)
             cotangents.append(term.score(targets))
         else:
             shape = tf.concat([tf.shape(term.outputs)[:-1], [1]], 0)
@@ -165,14 +166,7 @@ def random_signs(
     bits = tf.random.stateless_uniform(
         shape, seed=seed, minval=0, maxval=2, dtype=tf.int32, alg="philox"
     )
-    return tf.cast(2 * bits - 1, _parameters(like).dtype)
-
-
-def _parameters(outputs: tf.Tensor) -> tf.Tensor:
-    """Casts half-precision outputs to float32, as heads compute."""
-    if outputs.dtype in (tf.float16, tf.bfloat16):
-        return tf.cast(outputs, tf.float32)
-    return outputs
+    return tf.cast(2 * bits - 1, as_parameters(like).dtype)
 
 
 def _positions(outputs: tf.Tensor) -> tf.Tensor:

@@ -5,14 +5,23 @@ from keras_natgrad.linalg.kronecker import (
     kronecker_operator,
     trace_norm_ratio,
 )
-from keras_natgrad.linalg.psd import DampedInverse, damped_inverse
+from keras_natgrad.linalg.psd import (
+    DampedInverse,
+    DampedSolution,
+    damped_inverse,
+    damped_solve,
+    pseudo_inverse_solve,
+)
 from keras_natgrad.linalg.scalars import scalar
 
 __all__ = [
     "DampedInverse",
+    "DampedSolution",
     "damped_inverse",
+    "damped_solve",
     "flatten_matrix",
     "kronecker_operator",
+    "pseudo_inverse_solve",
     "scalar",
     "trace_norm_ratio",
 ]

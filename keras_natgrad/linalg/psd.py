@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 # A factorisation that fails is tried again with ten times the damping.
@@ -45,6 +47,15 @@ def damped_inverse(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
     Returns:
         A `DampedInverse`.
     """
+    return _retry(inverse_by_blocks, matrix, damping)
+
+
+def _retry(
+    function: Callable[[tf.Tensor], tf.Tensor],
+    matrix: tf.Tensor,
+    damping: tf.Tensor,
+) -> DampedInverse:
+    """Returns `function(M + damping I)`, with more damping until finite."""
     identity = tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
     mean_diagonal = tf.reduce_mean(tf.linalg.diag_part(matrix))
     # A retry must raise the damping to something that rounding can see, also
@@ -52,28 +63,83 @@ def damped_inverse(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
     smallest = tf.cast(_rounding(matrix.dtype), matrix.dtype) * mean_diagonal
 
     def attempt(total: tf.Tensor) -> tf.Tensor:
-        return inverse_by_blocks(matrix + total * identity)
+        return function(matrix + total * identity)
 
-    def failed(inverse: tf.Tensor) -> tf.Tensor:
-        return tf.logical_not(tf.math.is_finite(tf.reduce_sum(inverse)))
+    def failed(result: tf.Tensor) -> tf.Tensor:
+        return tf.logical_not(tf.math.is_finite(tf.reduce_sum(result)))
 
     def body(
-        total: tf.Tensor, inverse: tf.Tensor, retries: tf.Tensor
+        total: tf.Tensor, result: tf.Tensor, retries: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         total = tf.maximum(_RETRY_GROWTH * total, smallest)
         return total, attempt(total), retries + 1
 
     damping = tf.cast(damping, matrix.dtype)
-    _, inverse, retries = tf.while_loop(
-        lambda _, inverse, retries: tf.logical_and(
-            failed(inverse), retries < _MAX_RETRIES
+    _, result, retries = tf.while_loop(
+        lambda _, result, retries: tf.logical_and(
+            failed(result), retries < _MAX_RETRIES
         ),
         body,
         (damping, attempt(damping), tf.constant(0, tf.int32)),
     )
-    succeeded = tf.logical_not(failed(inverse))
-    inverse = tf.where(succeeded, inverse, tf.zeros_like(inverse))
-    return DampedInverse(inverse, retries, succeeded)
+    succeeded = tf.logical_not(failed(result))
+    result = tf.where(succeeded, result, tf.zeros_like(result))
+    return DampedInverse(result, retries, succeeded)
+
+
+class DampedSolution(NamedTuple):
+    """Result of `damped_solve`.
+
+    Attributes:
+        solution: Tensor `[n, k]`.
+        retries: Scalar int32, how often the damping had to be raised.
+        succeeded: Scalar bool, whether `solution` is finite. If it is not,
+            `solution` holds zeros.
+    """
+
+    solution: tf.Tensor
+    retries: tf.Tensor
+    succeeded: tf.Tensor
+
+
+def damped_solve(
+    matrix: tf.Tensor, right: tf.Tensor, damping: tf.Tensor
+) -> DampedSolution:
+    """Returns `(M + damping I)⁻¹ B` of a symmetric PSD matrix by Cholesky.
+
+    A failed factorisation is repeated as in `damped_inverse`.
+
+    Args:
+        matrix: Tensor `[n, n]`, symmetric positive semi-definite.
+        right: Tensor `[n, k]`, B.
+        damping: Scalar tensor, non-negative.
+    """
+    factored = _retry(tf.linalg.cholesky, matrix, damping)
+    solution = tf.linalg.cholesky_solve(factored.inverse, right)
+    succeeded = factored.succeeded & tf.math.is_finite(tf.reduce_sum(solution))
+    solution = tf.where(succeeded, solution, tf.zeros_like(solution))
+    return DampedSolution(solution, factored.retries, succeeded)
+
+
+def pseudo_inverse_solve(
+    matrix: tf.Tensor, right: tf.Tensor, cutoff: float | None = None
+) -> tf.Tensor:
+    """Returns `M⁺ b` of a symmetric PSD matrix, by its eigenvalues.
+
+    Args:
+        matrix: Tensor `[n, n]`, symmetric positive semi-definite.
+        right: Tensor `[n]`, b.
+        cutoff: Eigenvalues up to this times the largest count as zero.
+            Defaults to n times the rounding unit.
+    """
+    values, vectors = tf.linalg.eigh(matrix)
+    if cutoff is None:
+        unit = np.finfo(matrix.dtype.as_numpy_dtype).eps
+        cutoff = unit * tf.cast(tf.shape(matrix)[-1], matrix.dtype)
+    kept = values > tf.cast(cutoff, matrix.dtype) * values[-1]
+    inverse = tf.where(kept, 1 / tf.where(kept, values, 1), 0)
+    coordinates = tf.linalg.matvec(vectors, right, transpose_a=True)
+    return tf.linalg.matvec(vectors, inverse * coordinates)
 
 
 def inverse_by_blocks(matrix: tf.Tensor) -> tf.Tensor:

@@ -2,5 +2,6 @@
 
 from keras_natgrad.optimizers.base import CurvatureOptimizer
 from keras_natgrad.optimizers.kfac import KFAC
+from keras_natgrad.optimizers.natural_gradient import NaturalGradient
 
-__all__ = ["KFAC", "CurvatureOptimizer"]
+__all__ = ["KFAC", "CurvatureOptimizer", "NaturalGradient"]

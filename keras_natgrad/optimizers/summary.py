@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_natgrad.curvature import BlockDiagonal
+from keras_natgrad.solvers import Solver
 
 _COLUMNS = ("Layer", "Block", "Shape", "Approximation", "Memory")
 
@@ -71,6 +72,40 @@ def render_table(curvature: BlockDiagonal, variables: Sequence[Any]) -> str:
         f"({covered / curvature.size:.1%})"
     )
     console.print(f"Curvature memory: {_readable(memory)}")
+    return stream.getvalue()
+
+
+def render_solver(
+    layers: BlockDiagonal, variables: Sequence[Any], solver: Solver | None
+) -> str:
+    """Returns the layers of a whole-network optimizer as text.
+
+    Args:
+        layers: How the variables form matrices.
+        variables: The optimizer's variables.
+        solver: The solver, `None` where the first step will choose it.
+    """
+    table = Table(title="Layers of the exact Fisher")
+    for column in ("Layer", "Shape", "Columns of A"):
+        table.add_column(column, overflow="fold")
+    for entry in layers.entries:
+        shape = entry.block.shape
+        captured = entry.layer is not None
+        name = variables[entry.variables[0]].path
+        if entry.layer is not None:
+            name = f"{entry.layer.path} ({entry.layer.layer_class})"
+        table.add_row(
+            name,
+            f"{shape.rows} × {shape.columns}",
+            "layer-wise contraction" if captured else "Jacobian of the tape",
+        )
+    stream = io.StringIO()
+    console = Console(file=stream, width=100)
+    console.print(table)
+    chosen = "chosen at the first step"
+    if solver is not None:
+        chosen = f"{solver.kind} ({solver.describe()})"
+    console.print(f"Parameters: {layers.size:,}. Solver: {chosen}")
     return stream.getvalue()
 
 

@@ -3,12 +3,14 @@
 from keras_natgrad.step.damping import Damping, LevenbergMarquardt
 from keras_natgrad.step.damping import get as get_damping
 from keras_natgrad.step.length import StepLength, quadratic_coefficients
+from keras_natgrad.step.line_search import LineSearch
 from keras_natgrad.step.refresh import Refresh, is_multiple
 from keras_natgrad.step.trust_region import norm_scale
 
 __all__ = [
     "Damping",
     "LevenbergMarquardt",
+    "LineSearch",
     "Refresh",
     "StepLength",
     "get_damping",

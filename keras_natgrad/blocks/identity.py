@@ -1,0 +1,63 @@
+"""No curvature at all."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from typing_extensions import override
+
+from keras_natgrad.blocks.base import Block, BlockShape
+
+
+class IdentityBlock(Block):
+    """Takes the Fisher of a layer for zero: damping alone, no statistics.
+
+    The preconditioned gradient is the gradient over λ. It costs nothing; the
+    optimizers that treat the whole network at once use it for the shapes.
+
+    Args:
+        shape: `BlockShape`.
+    """
+
+    kind = "identity"
+
+    @override
+    def build_state(self) -> None:
+        self._damping = self.add_cache("damping", ())
+
+    @override
+    @classmethod
+    def state_size(cls, shape: BlockShape) -> int:
+        return 1
+
+    @override
+    def input_statistics(
+        self, inputs: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        return ()
+
+    @override
+    def cotangent_statistics(
+        self, inputs: tf.Tensor, cotangents: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        return ()
+
+    @override
+    def trace(self) -> tf.Tensor:
+        return tf.zeros([], self.dtype)
+
+    @override
+    def refresh(
+        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        self._damping.assign(tf.cast(damping, self.dtype))
+        return tf.constant(0, tf.int32), tf.constant(0, tf.int32)
+
+    @override
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        return tf.math.divide_no_nan(gradient, self._damping.value)
+
+    @override
+    def operator(self) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorZeros(
+            self.shape.size, dtype=tf.as_dtype(self.dtype), is_self_adjoint=True
+        )

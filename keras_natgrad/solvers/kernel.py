@@ -1,0 +1,117 @@
+"""The natural gradient through the kernel matrix of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import keras
+import tensorflow as tf
+from typing_extensions import override
+
+from keras_natgrad.linalg import damped_solve, pseudo_inverse_solve
+from keras_natgrad.solvers.factor import (
+    FisherFactor,
+    Solution,
+    Solver,
+    System,
+    add,
+    is_zero,
+    scale,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+@dataclass(frozen=True)
+class Kernel(Solver):
+    r"""Solves in the space of the batch, for fewer columns than parameters.
+
+    With the kernel `K = AᵀA` and the push-through identity
+
+        (A Aᵀ + λI)⁻¹ A u = A (K + λI)⁻¹ u,
+
+    one M × M factorisation replaces one of size P. This *residual form* keeps
+    its accuracy at any damping; the *Woodbury form* of the remainder,
+
+        (A Aᵀ + λI)⁻¹ r = (r − A (K + λI)⁻¹ Aᵀ r) / λ,
+
+    loses `ε ‖K‖ / λ` of its digits to cancellation, in float32 all of them for
+    `λ < 1e-7 ‖K‖`, and is therefore used for the remainder only.
+
+    Without damping it is the Moore–Penrose natural gradient `F⁺ ∇ = A K⁺ u`,
+    `F⁺ r = A K⁺ K⁺ Aᵀ r`, with the eigenvalues of K below `cutoff` times the
+    largest taken for zero. Correct for any rank and any ratio of M to P.
+
+    Cost: K by one product per layer, `M² Σ (n + m)`, and `M³/3`; `M²` memory.
+
+    Args:
+        cutoff: Relative eigenvalue cutoff of the pseudo-inverse, or `None`
+            for M times the rounding unit.
+
+    References:
+        - Ren & Goldfarb, 2019, arXiv:1906.02353.
+        - Chen & Heyl, 2024, arXiv:2302.01941 (minSR).
+    """
+
+    cutoff: float | None = None
+    kind = "kernel"
+
+    @override
+    def solve(
+        self, factor: FisherFactor, system: System, exact: bool = False
+    ) -> Solution:
+        gram = factor.gram()
+        target = system.target(factor)
+        if exact:
+            retries, succeeded = tf.constant(0, tf.int32), tf.constant(True)
+
+            def inverse(vector: tf.Tensor) -> tf.Tensor:
+                return pseudo_inverse_solve(gram, vector, self.cutoff)
+
+            weights = inverse(target)
+        else:
+            # The remainder's system is solved with the same factorisation.
+            extra = _pull_back(factor, system)
+            solved = damped_solve(
+                gram, tf.stack([target, extra], axis=1), system.damping
+            )
+            retries, succeeded = solved.retries, solved.succeeded
+            weights, extra = tf.unstack(solved.solution, axis=1)
+        remainder = system.remainder
+        if remainder is None:
+            direction = factor.product(weights)
+        elif exact:
+            extra = inverse(inverse(_pull_back(factor, system)))
+            direction = factor.product(weights + extra)
+        else:
+            inverse_damping = tf.math.reciprocal(system.damping)
+            direction = add(
+                factor.product(weights - inverse_damping * extra),
+                scale(inverse_damping, remainder),
+            )
+        return Solution(
+            system.shifted(direction),
+            retries,
+            succeeded,
+            tf.constant(0, tf.int32),
+        )
+
+    @override
+    def memory(self, size: int, columns: int) -> int:
+        return 2 * columns**2
+
+    @override
+    def describe(self) -> str:
+        return "kernel AᵀA of the batch"
+
+
+def _pull_back(factor: FisherFactor, system: System) -> tf.Tensor:
+    """Returns `Aᵀ r`, at no cost where the remainder is zero."""
+    zeros = tf.zeros_like(system.residual)
+    remainder = system.remainder
+    if remainder is None:
+        return zeros
+    return tf.cond(
+        is_zero(remainder),
+        lambda: zeros,
+        lambda: factor.transpose_product(remainder),
+    )
