@@ -38,7 +38,7 @@ class ConjugateGradient(Solver):
         i > k,   q_i < 0,   (q_i − q_{i−k}) / q_i < k · tolerance.
 
     A product that is not finite, or a curvature that is not positive, ends
-    it at the last good iterate.
+    it at the last good iterate; the former counts as a failure.
 
     Args:
         max_iterations: Most products per step.
@@ -97,13 +97,13 @@ class ConjugateGradient(Solver):
             start = [tf.zeros_like(part) for part in right]
         else:
             start = scale(self.warm_start, start)
-        solution, iterations, finite = self._iterate(
+        solution, iterations, broken = self._iterate(
             curvature, right, start, preconditioner or list
         )
         return Solution(
             system.shifted(solution),
             tf.constant(0, tf.int32),
-            finite,
+            tf.cast(broken, tf.int32),
             iterations,
         )
 
@@ -120,6 +120,7 @@ class ConjugateGradient(Solver):
         history = tf.zeros([self.max_iterations + 1], slope.dtype)
         state = _Iterate(
             tf.constant(0, tf.int32),
+            tf.constant(False),
             list(start),
             residual,
             solved,
@@ -143,10 +144,12 @@ class ConjugateGradient(Solver):
             turn = tf.math.divide_no_nan(slope, now.slope)
             count = now.count + tf.cast(good, tf.int32)
             history = _record(now.history, count, _quadratic(x, r, right))
+            finite = tf.math.is_finite(bend) & tf.math.is_finite(slope)
             going = good & (slope > 0) & ~self._converged(count, history)
             return tf.nest.flatten(
                 _Iterate(
                     count,
+                    ~finite,
                     x,
                     r,
                     add(z, scale(turn, now.search)),
@@ -163,8 +166,7 @@ class ConjugateGradient(Solver):
             maximum_iterations=self.max_iterations,
         )
         found = tf.nest.pack_sequence_as(state, final)
-        finite = tf.math.is_finite(inner(found.solution, found.solution))
-        return found.solution, found.count, finite
+        return found.solution, found.count, found.broken
 
     def _converged(self, count: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
         back = tf.maximum(10, count // 10)
@@ -187,6 +189,7 @@ class _Iterate(NamedTuple):
     """State of the iteration."""
 
     count: tf.Tensor
+    broken: tf.Tensor
     solution: list[tf.Tensor]
     residual: list[tf.Tensor]
     search: list[tf.Tensor]

@@ -58,7 +58,7 @@ class Dense(Solver):
         return Solution(
             system.shifted(factor.unflatten(solution)),
             retries,
-            succeeded,
+            tf.cast(~succeeded, tf.int32),
             tf.constant(0, tf.int32),
         )
 

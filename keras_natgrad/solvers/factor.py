@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 # A point in parameter space: one tensor per block or variable.
@@ -78,11 +79,7 @@ class FisherFactor(abc.ABC):
 
     def trace_estimate(self) -> tf.Tensor:
         """Returns `‖A ε‖²` for random signs ε; its mean is the trace of F."""
-        columns = tf.shape(self.residual())
-        bits = tf.random.stateless_uniform(
-            columns, (0, 0), minval=0, maxval=2, dtype=tf.int32, alg="philox"
-        )
-        signs = tf.cast(2 * bits - 1, self.residual().dtype)
+        signs = random_signs(self.residual(), 0)
         return tf.add_n(
             [tf.reduce_sum(tf.square(part)) for part in self.product(signs)]
         )
@@ -129,13 +126,14 @@ class Solution(NamedTuple):
     Attributes:
         direction: φ.
         retries: int32 scalar, how often the damping had to be raised.
-        succeeded: Scalar bool; where it is false the direction is zero.
+        failures: int32 scalar: 1 where the system could not be solved, and
+            the direction is the last good one, or zero.
         iterations: int32 scalar, zero for direct solvers.
     """
 
     direction: list[tf.Tensor]
     retries: tf.Tensor
-    succeeded: tf.Tensor
+    failures: tf.Tensor
     iterations: tf.Tensor
 
 
@@ -203,3 +201,16 @@ def inner(left: Direction, right: Direction) -> tf.Tensor:
 def is_zero(direction: Direction) -> tf.Tensor:
     """Returns whether a direction is zero."""
     return tf.equal(tf.add_n([tf.reduce_sum(tf.abs(d)) for d in direction]), 0)
+
+
+def random_signs(like: tf.Tensor, stream: int) -> tf.Tensor:
+    """Returns ±1 in the shape and dtype of a vector, always the same."""
+    bits = tf.random.stateless_uniform(
+        tf.shape(like), (0, stream), 0, 2, tf.int32, alg="philox"
+    )
+    return tf.cast(2 * bits - 1, like.dtype)
+
+
+def rounding_of(dtype: tf.DType) -> tf.Tensor:
+    """Returns what rounding may change about a long sum, relatively."""
+    return tf.constant(64 * np.finfo(dtype.as_numpy_dtype).eps, dtype)

@@ -91,7 +91,7 @@ class Kernel(Solver):
         return Solution(
             system.shifted(direction),
             retries,
-            succeeded,
+            tf.cast(~succeeded, tf.int32),
             tf.constant(0, tf.int32),
         )
 

@@ -5,6 +5,7 @@ from keras_natgrad.step.damping import get as get_damping
 from keras_natgrad.step.length import StepLength, quadratic_coefficients
 from keras_natgrad.step.line_search import LineSearch
 from keras_natgrad.step.refresh import Refresh, is_multiple
+from keras_natgrad.step.trial import TrialStep
 from keras_natgrad.step.trust_region import norm_scale
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LineSearch",
     "Refresh",
     "StepLength",
+    "TrialStep",
     "get_damping",
     "is_multiple",
     "norm_scale",
