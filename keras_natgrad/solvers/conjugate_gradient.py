@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
@@ -118,6 +119,10 @@ class ConjugateGradient(Solver):
         solved = preconditioner(residual)
         slope = inner(residual, solved)
         history = tf.zeros([self.max_iterations + 1], slope.dtype)
+        # A residual this small is rounding; in a singular system it would be
+        # blown up by further iterations.
+        unit = 8 * np.finfo(slope.dtype.as_numpy_dtype).eps
+        least = unit**2 * inner(right, preconditioner(right))
         state = _Iterate(
             tf.constant(0, tf.int32),
             tf.constant(False),
@@ -126,7 +131,7 @@ class ConjugateGradient(Solver):
             solved,
             slope,
             _record(history, 0, _quadratic(start, residual, right)),
-            slope > 0,
+            slope > least,
         )
 
         def body(*flat: tf.Tensor) -> list[tf.Tensor]:
@@ -143,9 +148,17 @@ class ConjugateGradient(Solver):
             slope = inner(r, z)
             turn = tf.math.divide_no_nan(slope, now.slope)
             count = now.count + tf.cast(good, tf.int32)
-            history = _record(now.history, count, _quadratic(x, r, right))
+            value = _quadratic(x, r, right)
+            # Rounding alone makes the quadratic rise: there is no more to gain.
+            fell = value <= now.history[now.count]
+            x = [
+                tf.where(fell, new, old)
+                for new, old in zip(x, now.solution, strict=True)
+            ]
+            history = _record(now.history, count, value)
             finite = tf.math.is_finite(bend) & tf.math.is_finite(slope)
-            going = good & (slope > 0) & ~self._converged(count, history)
+            going = good & fell & (slope > least)
+            going &= ~self._converged(count, history)
             return tf.nest.flatten(
                 _Iterate(
                     count,

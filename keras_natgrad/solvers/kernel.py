@@ -29,8 +29,10 @@ class Kernel(Solver):
 
         (A Aᵀ + λI)⁻¹ A u = A (K + λI)⁻¹ u,
 
-    one M × M factorisation replaces one of size P. This *residual form* keeps
-    its accuracy at any damping; the *Woodbury form* of the remainder,
+    one M × M factorisation replaces one of size P. This *residual form* loses
+    at most `ε ‖A‖ ‖u₀‖ / λ`, where u₀ is the part of u in the null space of
+    A, nothing where A has full column rank; the *Woodbury form* of the
+    remainder,
 
         (A Aᵀ + λI)⁻¹ r = (r − A (K + λI)⁻¹ Aᵀ r) / λ,
 

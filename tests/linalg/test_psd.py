@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_natgrad.linalg import damped_inverse
+from keras_natgrad.linalg import (
+    damped_inverse,
+    damped_solve,
+    pseudo_inverse_solve,
+)
 
 MODES = ["eager", "graph", "xla"]
 
@@ -134,3 +138,53 @@ def test_large_condition_number_in_float32():
     expected = 1.0 / (np.diag(matrix) + 1e-3)
     assert succeeded
     np.testing.assert_allclose(np.diag(inverse), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0])
+def test_damped_solve(damping):
+    matrix = positive_matrix(12)
+    right = np.random.default_rng(1).normal(size=(12, 2))
+    found = damped_solve(
+        tf.constant(matrix),
+        tf.constant(right),
+        tf.constant(damping, tf.float64),
+    )
+    expected = np.linalg.solve(matrix + damping * np.eye(12), right)
+    np.testing.assert_allclose(found.solution, expected, rtol=1e-8)
+    assert int(found.retries) == 0 and bool(found.succeeded)
+
+
+def test_damped_solve_raises_the_damping_of_a_singular_matrix():
+    matrix = np.ones((6, 6))
+    matrix[0, 0] = 1 - 1e-9
+    found = damped_solve(
+        tf.constant(matrix),
+        tf.ones([6, 1], tf.float64),
+        tf.constant(0.0, tf.float64),
+    )
+    assert int(found.retries) > 0 and bool(found.succeeded)
+
+
+def test_damped_solve_of_what_is_not_finite_is_zero():
+    matrix = tf.fill([4, 4], tf.constant(np.nan, tf.float64))
+    right = tf.ones([4, 1], tf.float64)
+    found = damped_solve(matrix, right, tf.constant(1.0, tf.float64))
+    assert not bool(found.succeeded)
+    np.testing.assert_array_equal(found.solution, np.zeros((4, 1)))
+
+
+@pytest.mark.parametrize("rank", [2, 5, 9])
+def test_pseudo_inverse_solve(rank):
+    root = np.random.default_rng(rank).normal(size=(9, rank))
+    right = np.random.default_rng(0).normal(size=9)
+    found = pseudo_inverse_solve(tf.constant(root @ root.T), tf.constant(right))
+    expected = np.linalg.pinv(root @ root.T, rcond=1e-12) @ right
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_pseudo_inverse_cutoff():
+    values = np.array([1.0, 1e-2, 1e-5])
+    found = pseudo_inverse_solve(
+        tf.linalg.diag(tf.constant(values)), tf.ones([3], tf.float64), 1e-3
+    )
+    np.testing.assert_allclose(found, [1.0, 100.0, 0.0], rtol=1e-12)
