@@ -11,7 +11,7 @@ noise of a few hundred examples otherwise, under every optimizer. Adam gets
 every learning rate of its grid, constant and with a cosine, five times as many
 epochs, and the choice of the setting by the test likelihood itself. K-FAC runs
 with default arguments, and with its automatic learning rate multiplied by 0.3
-and 0.1.
+and 0.1, constant or with a cosine as well.
 
     python -m benchmarks.heteroscedastic --out benchmarks/results/x.json
 """
@@ -129,7 +129,9 @@ class Contender:
         )
         self.start = [v.numpy() for v in optimizer.variables]
 
-    def train(self, split: Split, epochs: int, seed: int) -> float:
+    def train(
+        self, split: Split, epochs: int, seed: int, cosine: bool = False
+    ) -> float:
         """Returns the test negative log-likelihood of the best epoch."""
         for variable, value in zip(
             self.model.optimizer.variables, self.start, strict=True
@@ -145,7 +147,12 @@ class Contender:
         generator = np.random.default_rng(seed)
         x, y = split.train
         best, weights = np.inf, self.model.get_weights()
-        for _ in range(epochs):
+        rate = float(self.model.optimizer.learning_rate)
+        for epoch in range(epochs):
+            if cosine:
+                # As keras.callbacks.LearningRateScheduler does.
+                share = 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+                self.model.optimizer.learning_rate.assign(rate * share)
             order = generator.permutation(len(x))
             # The short last batch of an epoch is left out.
             for batch in np.split(order, range(BATCH, len(x), BATCH)):
@@ -193,8 +200,9 @@ def run(name: str, splits: int) -> dict[str, Any]:
     steps = ADAM_EPOCHS * (examples // min(BATCH, examples))
     contenders: dict[str, Any] = {}
     for rate in KFAC_RATES:
-        contenders[f"kfac {rate:g}"] = kng.KFAC()
-        contenders[f"kfac {rate:g}"].learning_rate = rate
+        for name in (f"kfac {rate:g}", f"kfac {rate:g} cosine"):
+            contenders[name] = kng.KFAC()
+            contenders[name].learning_rate = rate
     for rate in ADAM_RATES:
         contenders[f"adam {rate:g}"] = keras.optimizers.Adam(rate)
         cosine = keras.optimizers.schedules.CosineDecay(rate, steps)
@@ -207,8 +215,10 @@ def run(name: str, splits: int) -> dict[str, Any]:
     for seed in range(splits):
         split = Split(x, y, seed)
         for key, each in built.items():
-            epochs = KFAC_EPOCHS if key[:4] == "kfac" else ADAM_EPOCHS
-            results[key].append(each.train(split, epochs, seed))
+            kfac = key.startswith("kfac")
+            epochs = KFAC_EPOCHS if kfac else ADAM_EPOCHS
+            cosine = kfac and key.endswith("cosine")
+            results[key].append(each.train(split, epochs, seed, cosine))
     return {"examples": len(x), "features": x.shape[1], "nll": results}
 
 
