@@ -13,7 +13,7 @@ from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.categorical import Categorical
 from keras_natgrad.heads.generic import Distribution
 from keras_natgrad.heads.normal import Normal
-from keras_natgrad.heads.probability import distributions
+from keras_natgrad.heads.probability import bijectors, distributions
 
 #: How `NormalMixture` finds its Fisher matrix.
 METHODS = ("monte_carlo", "complete_data")
@@ -79,7 +79,7 @@ class NormalMixture(Head):
             1 + len(self._units.parameter_names)
         )
         self._sampled = Distribution(
-            self.distribution,
+            self._by_residuals,
             self.parameter_count,
             method="monte_carlo",
             samples=samples,
@@ -88,18 +88,16 @@ class NormalMixture(Head):
     def distribution(self, outputs: tf.Tensor) -> Any:
         """Builds the `MixtureSameFamily` of normals."""
         tfd = distributions()
-        logits, units = self._split(tensors.as_parameters(outputs))
+        logits, loc, scale = self._values(outputs)
         return tfd.MixtureSameFamily(
-            tfd.Categorical(logits=logits), self._normals(units)
+            tfd.Categorical(logits=logits), tfd.Normal(loc, scale)
         )
 
     def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Computes the log-density; see `Head.log_prob()`."""
         outputs = tensors.as_parameters(outputs)
-        logits, units = self._split(outputs)
         targets = tensors.match_targets(outputs[..., :1], targets)
-        each = self._normals(units).log_prob(targets)
-        return tf.reduce_logsumexp(tf.nn.log_softmax(logits) + each, axis=-1)
+        return self._by_residuals(outputs).log_prob(targets[..., 0])
 
     def factor_rank(self, parameter_count: int) -> int:
         """Returns the number of draws, or of outputs."""
@@ -185,10 +183,28 @@ class NormalMixture(Head):
     def _split(self, tensor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return tensor[..., : self.components], tensor[..., self.components :]
 
-    def _normals(self, units: tf.Tensor) -> Any:
+    def _values(
+        self, outputs: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns logits, means and scales, `[..., C]` each."""
+        logits, units = self._split(tensors.as_parameters(outputs))
         values = self._units.values(units)
-        scale = values["scale"] * tf.ones_like(values["loc"])
-        return distributions().Normal(values["loc"], scale)
+        loc = values["loc"]
+        return logits, loc, values["scale"] * tf.ones_like(loc)
+
+    def _by_residuals(self, outputs: tf.Tensor) -> Any:
+        """Builds the same distribution from `(y − loc) / scale`.
+
+        TFP's normal subtracts `loc / scale` from `y / scale`, whose gradients
+        are rounding where the scale is small beside the mean.
+        """
+        tfd, tfb = distributions(), bijectors()
+        logits, loc, scale = self._values(outputs)
+        standard = tfd.Normal(tf.zeros_like(loc), tf.ones_like(loc))
+        return tfd.MixtureSameFamily(
+            tfd.Categorical(logits=logits),
+            tfb.Chain([tfb.Shift(loc), tfb.Scale(scale)])(standard),
+        )
 
     def _roots(self, logits: tf.Tensor) -> tf.Tensor:
         """Returns `√π` for each parameter of the components."""

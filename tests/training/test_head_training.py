@@ -42,6 +42,20 @@ HEADS = {
     "mvn": (heads.MultivariateNormalTriL(), [0.5, -0.5, 0.0, 0.5, 0.0]),
     "dirichlet": (heads.Dirichlet(), [0.5, 1.0, 1.5]),
     "multinomial": (heads.Multinomial(6), [0.5, 0.0, -0.5]),
+    "one_hot": (heads.OneHotCategorical(), [0.5, 0.0, -0.5]),
+    "mvn_diag": (heads.MultivariateNormalDiag(), [0.5, -0.5, 0.0, 0.5]),
+    "ordered": (heads.OrderedLogistic(), [0.5, 0.0, 0.5]),
+    "ordered_given": (heads.OrderedLogistic([-1.0, 0.0, 1.0]), [0.5]),
+    "von_mises_fisher": (heads.VonMisesFisher(), [1.0, 0.5, -1.0]),
+    "mixture": (heads.NormalMixture(2), [0.0, 0.5, -2.0, 2.0, 0.0, 0.5]),
+    "mixture_complete_data": (
+        heads.NormalMixture(2, fisher="complete_data"),
+        [0.0, 0.5, -2.0, 2.0, 0.0, 0.5],
+    ),
+    "joint": (
+        heads.Joint(["categorical", heads.Normal("softplus")], [3, 2]),
+        [0.5, 0.0, -0.5, 0.5, 0.0],
+    ),
 }
 
 
