@@ -10,6 +10,7 @@ from keras_natgrad import heads
 from keras_natgrad.heads.special import dispersion_information, sphere_ratios
 
 MOST = 2_000_000  # Counts that are summed one by one.
+NODES = np.polynomial.legendre.leggauss(600)
 
 
 def start(x):
@@ -110,7 +111,7 @@ def sphere_moments(kappa, dimension):
     far = np.pi
     if kappa > 0:
         far = min(np.pi, 9.0 * np.sqrt((dimension + 2.0) / kappa))
-    nodes, weights = np.polynomial.legendre.leggauss(600)
+    nodes, weights = NODES
     angle = 0.5 * far * (nodes + 1.0)
     drop = 2.0 * np.sin(0.5 * angle) ** 2  # 1 − cos θ
     logs = np.log(weights) - kappa * drop
