@@ -4,7 +4,7 @@ from keras_natgrad.heads import links
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.bernoulli import Bernoulli
 from keras_natgrad.heads.bounded import Beta, VonMises
-from keras_natgrad.heads.categorical import Categorical
+from keras_natgrad.heads.categorical import Categorical, OneHotCategorical
 from keras_natgrad.heads.counts import (
     Binomial,
     Geometric,
@@ -13,8 +13,10 @@ from keras_natgrad.heads.counts import (
     Poisson,
     ZeroInflatedPoisson,
 )
+from keras_natgrad.heads.directional import VonMisesFisher
 from keras_natgrad.heads.family import Family, Information, Parameter
 from keras_natgrad.heads.generic import Distribution
+from keras_natgrad.heads.joint import Joint
 from keras_natgrad.heads.location_scale import (
     Cauchy,
     Gumbel,
@@ -26,12 +28,14 @@ from keras_natgrad.heads.location_scale import (
 )
 from keras_natgrad.heads.loss_weight import LossWeight
 from keras_natgrad.heads.losses import from_loss, register_loss
+from keras_natgrad.heads.mixture import NormalMixture
 from keras_natgrad.heads.multivariate import (
     Dirichlet,
     Multinomial,
     MultivariateNormalTriL,
 )
-from keras_natgrad.heads.normal import Normal
+from keras_natgrad.heads.normal import MultivariateNormalDiag, Normal
+from keras_natgrad.heads.ordinal import OrderedLogistic
 from keras_natgrad.heads.positive import (
     Exponential,
     Gamma,
@@ -58,20 +62,26 @@ __all__ = [
     "Information",
     "InverseGamma",
     "InverseGaussian",
+    "Joint",
     "Laplace",
     "LogNormal",
     "Logistic",
     "LogitNormal",
     "LossWeight",
     "Multinomial",
+    "MultivariateNormalDiag",
     "MultivariateNormalTriL",
     "NegativeBinomial",
     "NegativeBinomialLogits",
     "Normal",
+    "NormalMixture",
+    "OneHotCategorical",
+    "OrderedLogistic",
     "Parameter",
     "Poisson",
     "StudentT",
     "VonMises",
+    "VonMisesFisher",
     "Weibull",
     "ZeroInflatedPoisson",
     "from_loss",

@@ -221,6 +221,25 @@ class Categorical(Head):
         )
 
 
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class OneHotCategorical(Categorical):
+    """One of `K` classes, whose samples are one-hot rows.
+
+    It is `Categorical(sparse=False)` by the name of TensorFlow Probability.
+
+    Args:
+        from_logits: Boolean, whether the outputs are logits (the default) or
+            probabilities.
+    """
+
+    def __init__(self, from_logits: bool = True) -> None:
+        super().__init__(from_logits=from_logits, sparse=False)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        return {"from_logits": self.from_logits}
+
+
 def _project(vector: tf.Tensor, null: tf.Tensor) -> tf.Tensor:
     """Removes from `vector` its component along `null`."""
     along = tf.reduce_sum(vector * null, axis=-1, keepdims=True)

@@ -125,10 +125,14 @@ class NegativeBinomial(Family):
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
         mean, count = values["mean"], values["total_count"]
+        wide_mean = tf.cast(mean, tf.float64)
+        logits = tf.math.log(wide_mean) - tf.math.log(
+            tf.cast(count, tf.float64)
+        )
         return Information(
             (
                 mean / (1.0 + mean / count),
-                dispersion_information(mean, count),
+                dispersion_information(logits, count),
             )
         )
 
@@ -176,7 +180,7 @@ class NegativeBinomialLogits(Family):
         """Returns the Fisher matrix of each unit in its coordinates."""
         logits, count = values["probs"], values["total_count"]
         slope = count * tf.sigmoid(logits)
-        complement = dispersion_information(count * tf.exp(logits), count)
+        complement = dispersion_information(logits, count)
         return Information(
             (slope, slope + complement), coupling=slope, schur=complement
         )

@@ -71,6 +71,33 @@ class Normal(Family):
         return normal_information(values["scale"])
 
 
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class MultivariateNormalDiag(Normal):
+    """Normal targets in d dimensions with a diagonal covariance.
+
+    The outputs are the d means, then the d raw scales. It is `Normal` with a
+    predicted scale, but for the distribution, whose event is the vector of all
+    targets. The Fisher matrix in (loc, log scale) is `diag(1/scale², 2)`.
+
+    Args:
+        scale: The standard deviations, a positive number or the link that
+            makes them from the outputs. Defaults to `"softplus"`.
+
+    Raises:
+        ValueError: If `scale` is neither positive and finite nor a link.
+    """
+
+    def __init__(self, scale: float | str | Any = "softplus") -> None:
+        super().__init__(scale=scale)
+
+    def distribution(self, outputs: tf.Tensor) -> Any:
+        """Builds the `MultivariateNormalDiag`."""
+        values = self.values(outputs)
+        loc = values["loc"]
+        scale = tf.broadcast_to(values["scale"], tf.shape(loc))
+        return distributions().MultivariateNormalDiag(loc, scale)
+
+
 def normal_information(scale: tf.Tensor) -> Information:
     """Returns the Fisher matrix of a normal in (loc, log scale)."""
     return Information((1.0 / tf.square(scale), 2.0 * tf.ones_like(scale)))

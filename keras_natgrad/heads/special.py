@@ -8,9 +8,12 @@ where that takes more than float32 they compute in float64 and round.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from keras_natgrad.heads.probability import mathematics
 
 # B_2k of Σ B_2k / x^(2k−1), k = 1 …: Abramowitz & Stegun 6.4.12.
 _BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6)
@@ -110,17 +113,79 @@ def bessel_ratio(kappa: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.cast(ratio, kappa.dtype), tf.cast(slope, kappa.dtype)
 
 
+def sphere_ratios(
+    kappa: tf.Tensor, dimension: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns `A/κ` and `A'` with `A = I_{d/2} / I_{d/2−1}` at `κ ≥ 0`.
+
+    They are the variances of a von Mises–Fisher vector in d dimensions across
+    and along its mean direction (Mardia & Jupp 2000), both `1/d` at zero. As
+    `A' = 1 − A² − (d−1) A/κ` loses all digits for large κ, the solution
+    `A = Σ a_n κ^{−n}` of this equation takes over there.
+
+    Args:
+        kappa: Non-negative float64 tensor.
+        dimension: Integer d.
+
+    Returns:
+        Two tensors like `kappa`.
+    """
+    d, bound = float(dimension), max(500.0, 2.0 * dimension**2)
+    # A/κ = (1 − κ²/(d (d+2)) + …)/d near zero.
+    tiny = tf.square(tf.minimum(kappa, 1e-3)) / (d * (d + 2.0))
+    near = tf.clip_by_value(kappa, 1e-3, bound)
+    ratio = mathematics().bessel_iv_ratio(
+        tf.constant(0.5 * d, near.dtype), near
+    )
+    slope = 1.0 - tf.square(ratio) - (d - 1.0) * ratio / near
+    y = tf.math.reciprocal(tf.maximum(kappa, bound))
+    far_ratio, far_slope = tf.zeros_like(y), tf.zeros_like(y)
+    for n, coefficient in reversed(list(enumerate(_sphere_series(d, 12)))):
+        far_ratio = coefficient + y * far_ratio
+        far_slope = -n * coefficient + y * far_slope
+
+    def choose(close: tf.Tensor, middle: tf.Tensor, far: tf.Tensor) -> Any:
+        return tf.where(
+            kappa < 1e-3, close, tf.where(kappa < bound, middle, far)
+        )
+
+    return (
+        choose((1.0 - tiny) / d, ratio / near, y * far_ratio),
+        choose((1.0 - 3.0 * tiny) / d, slope, y * far_slope),
+    )
+
+
+def _sphere_series(d: float, count: int) -> list[float]:
+    """Returns a_n of `A = Σ a_n κ^{−n}` by `A' + A² + (d−1) A/κ = 1`."""
+    a = [1.0]
+    for n in range(1, count):
+        products = sum(a[i] * a[n - i] for i in range(1, n))
+        a.append(0.5 * ((n - d) * a[n - 1] - products))
+    return a
+
+
 # Trapezoidal rule in u = log x: the integrand decays as e^u to the left, as
 # exp(−e^u) to the right and is analytic for |Im u| < π/2, so that the error is
 # about exp(−π²/h).
 _STEP = 0.2
 _NODES = np.arange(-46.0, 4.4, _STEP)
 
+# The expansion of the same integral: powers of 1/r, each a polynomial in σ
+# that multiplies σ².
+_DISPERSION = (
+    (1 / 2,),
+    (-1 / 2, 2 / 3),
+    (1 / 2, -2.0, 3 / 2),
+    (-1 / 2, 14 / 3, -9.0, 24 / 5),
+    (1 / 2, -10.0, 75 / 2, -48.0, 20.0),
+)
 
-def dispersion_information(mean: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+
+def dispersion_information(logits: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
     r"""Returns the negative binomial information of log r, given the mean.
 
-    For Y with mean μ and total count r it is
+    For Y with total count r, mean μ and `σ = μ / (r + μ) = sigmoid(logits)` it
+    is
 
         r² (ψ₁(r) − E ψ₁(r + Y) − μ / (r (r + μ))).
 
@@ -129,27 +194,41 @@ def dispersion_information(mean: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
     for all means and counts,
 
         r² ∫ e^{−rt} { t / (1 − e^{−t}) [1 − (1 + μ (1 − e^{−t}) / r)^{−r}]
-                       − μ / (r + μ) } dt,
+                       − σ } dt,
 
-    which the trapezoidal rule in log(rt) finds to rounding.
+    which the trapezoidal rule in log(rt) finds to rounding. For large r it is
+    the small difference of large terms: beyond 200 its series in 1/r, which
+    starts with `σ² / 2`, is summed.
 
     Args:
-        mean: Positive tensor μ.
+        logits: Tensor `log(μ / r)`.
         count: Positive tensor r, broadcastable.
 
     Returns:
-        Tensor, non-negative, in the dtype of `mean`. Cost: 250 terms each.
+        Tensor, non-negative, in the dtype of `count`. Cost: 250 terms each.
     """
-    mu, r = tf.cast(mean, tf.float64), tf.cast(count, tf.float64)
+    log_ratio, r = tf.cast(logits, tf.float64), tf.cast(count, tf.float64)
+    share = tf.sigmoid(log_ratio)
+    near = tf.minimum(r, 200.0)[..., tf.newaxis]
     x = tf.constant(np.exp(_NODES), tf.float64)
     weights = tf.constant(_STEP * np.exp(_NODES - np.exp(_NODES)), tf.float64)
-    mu, r = mu[..., tf.newaxis], r[..., tf.newaxis]
-    t = x / r
+    t = x / near
     decay = -tf.math.expm1(-t)
-    survival = -tf.math.expm1(-r * tf.math.log1p(mu / r * decay))
-    braces = t / decay * survival - mu / (r + mu)
-    total = r[..., 0] * tf.reduce_sum(weights * braces, axis=-1)
-    return tf.cast(tf.maximum(total, 0.0), mean.dtype)
+    # log(1 + μ (1 − e^{−t}) / r) without the ratio, which may overflow.
+    log_base = tf.nn.softplus(log_ratio[..., tf.newaxis] + tf.math.log(decay))
+    survival = -tf.math.expm1(-near * log_base)
+    braces = t / decay * survival - share[..., tf.newaxis]
+    direct = near[..., 0] * tf.reduce_sum(weights * braces, axis=-1)
+    y = tf.math.reciprocal(tf.maximum(r, 200.0))
+    series = tf.zeros_like(share * y)
+    for coefficients in reversed(_DISPERSION):
+        polynomial = tf.zeros_like(share)
+        for coefficient in reversed(coefficients):
+            polynomial = coefficient + share * polynomial
+        series = polynomial + y * series
+    series *= tf.square(share)
+    total = tf.where(r < 200.0, tf.maximum(direct, 0.0), series)
+    return tf.cast(total, count.dtype)
 
 
 def zero_truncation(rate: tf.Tensor) -> tf.Tensor:

@@ -120,6 +120,15 @@ def categorical_support(probability, one_hot):
     return support
 
 
+def categorical_support_of(probability):
+    """All labels, however many the parameters make."""
+
+    def support(eta):
+        return list(enumerate(probability(eta)))
+
+    return support
+
+
 def sigmoid(eta):
     return 1.0 / (1.0 + np.exp(-eta))
 
@@ -134,6 +143,84 @@ def normalise(eta):
 
 def identity(eta):
     return eta
+
+
+CUTPOINTS = np.array([-1.0, 0.2, 1.5])
+
+
+def ordered_probabilities(eta):
+    """Differences of the logistic distribution function at the edges."""
+    if len(eta) == 1:
+        edges = CUTPOINTS - eta[0]
+    else:
+        steps = np.log(1.0 + np.exp(eta[1:])) + 1e-6
+        edges = np.cumsum(np.concatenate([-eta[:1], steps]))
+    below = np.concatenate([[0.0], sigmoid(edges), [1.0]])
+    return np.diff(below)
+
+
+def normal_with_scale_log_prob(eta, y):
+    loc, raw = np.split(eta, 2)
+    scale = np.log(1.0 + np.exp(raw)) + 1e-6
+    z = (y - loc) / scale
+    return -np.sum(0.5 * z**2 + np.log(scale * np.sqrt(2.0 * np.pi)))
+
+
+def normal_with_scale_support(eta):
+    loc, raw = np.split(eta, 2)
+    scale = np.log(1.0 + np.exp(raw)) + 1e-6
+    nodes, weights = np.polynomial.hermite.hermgauss(3)
+    nodes, weights = np.sqrt(2.0) * nodes, weights / np.sqrt(np.pi)
+    return [
+        (loc + scale * nodes[list(index)], np.prod(weights[list(index)]))
+        for index in itertools.product(range(3), repeat=len(loc))
+    ]
+
+
+def sphere_log_prob(eta, y):
+    """Von Mises–Fisher in three dimensions, Z = 4π sinh κ / κ."""
+    kappa = np.sqrt(np.sum(eta**2))
+    return eta @ y - np.log(4.0 * np.pi * np.sinh(kappa) / kappa)
+
+
+def sphere_support(eta):
+    """Gauss–Legendre in the height, the trapezoidal rule around."""
+    heights, weights = np.polynomial.legendre.leggauss(16)
+    angles = 2.0 * np.pi * np.arange(24) / 24
+    found = []
+    for height, weight in zip(heights, weights, strict=True):
+        radius = np.sqrt(1.0 - height**2)
+        for angle in angles:
+            y = np.array(
+                [radius * np.cos(angle), radius * np.sin(angle), height]
+            )
+            density = np.exp(sphere_log_prob(eta, y))
+            found.append((y, density * weight * 2.0 * np.pi / 24))
+    return found
+
+
+def joint_log_prob(eta, y):
+    """A class out of three, one-hot in two, and two bits."""
+    return (
+        categorical_log_prob(softmax)(eta[:3], int(y[0]))
+        + categorical_log_prob(softmax)(eta[3:5], y[1:3])
+        + bernoulli_log_prob(sigmoid)(eta[5:], y[3:])
+    )
+
+
+def joint_support(eta):
+    parts = [
+        categorical_support(softmax, one_hot=False)(eta[:3]),
+        categorical_support(softmax, one_hot=True)(eta[3:5]),
+        bernoulli_support(sigmoid)(eta[5:]),
+    ]
+    return [
+        (
+            np.concatenate([np.atleast_1d(y) for y, _ in each]),
+            np.prod([p for _, p in each]),
+        )
+        for each in itertools.product(*parts)
+    ]
 
 
 def make_cases():
@@ -191,6 +278,51 @@ def make_cases():
             unnormalised,
             categorical_log_prob(normalise),
             categorical_support(normalise, one_hot=True),
+        ),
+        Case(
+            "one_hot_categorical",
+            heads.OneHotCategorical(),
+            logits4,
+            categorical_log_prob(softmax),
+            categorical_support(softmax, one_hot=True),
+        ),
+        Case(
+            "ordered_logistic_given",
+            heads.OrderedLogistic(CUTPOINTS),
+            logits3[..., :1],
+            categorical_log_prob(ordered_probabilities),
+            categorical_support_of(ordered_probabilities),
+        ),
+        Case(
+            "ordered_logistic",
+            heads.OrderedLogistic(),
+            logits3,
+            categorical_log_prob(ordered_probabilities),
+            categorical_support_of(ordered_probabilities),
+        ),
+        Case(
+            "multivariate_normal_diag",
+            heads.MultivariateNormalDiag(),
+            logits4,
+            normal_with_scale_log_prob,
+            normal_with_scale_support,
+        ),
+        Case(
+            "von_mises_fisher",
+            heads.VonMisesFisher(),
+            logits3,
+            sphere_log_prob,
+            sphere_support,
+        ),
+        Case(
+            "joint",
+            heads.Joint(
+                ["categorical", heads.OneHotCategorical(), "bernoulli"],
+                sizes=[3, 2, 2],
+            ),
+            np.concatenate([logits3, logits4], axis=-1),
+            joint_log_prob,
+            joint_support,
         ),
     ]
 

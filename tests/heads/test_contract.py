@@ -2,6 +2,7 @@
 
 import itertools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -68,7 +69,12 @@ def test_fisher_is_the_expected_outer_product_of_scores(case):
     assert_close(fisher, case.fisher())
 
 
-@all_heads
+@pytest.mark.parametrize(
+    "case",
+    # TensorFlow Probability knows no divergence of von Mises–Fisher vectors.
+    [case for case in CASES if case.name != "von_mises_fisher"],
+    ids=lambda c: c.name,
+)
 def test_fisher_is_the_hessian_of_the_kl_divergence(case):
     for eta, expected in zip(case.outputs[0], case.fisher()[0], strict=True):
         # Another tensor: the tapes must not watch the fixed distribution.
@@ -139,11 +145,9 @@ def test_natural_gradient_is_the_pseudo_inverse(case):
 
 @all_heads
 def test_leading_axes_of_a_vector_broadcast(case):
-    eye = np.eye(case.outputs.shape[-1])
+    eye = np.eye(case.head.factor_rank(case.outputs.shape[-1]))
     rows = case.head.fisher_factor_product(case.outputs[..., None, :], eye)
-    expected = np.broadcast_to(
-        factor(case).swapaxes(-1, -2), (*case.outputs.shape, len(eye))
-    )
+    expected = factor(case).swapaxes(-1, -2)
     assert_close(np.broadcast_to(rows, expected.shape), expected)
 
 
@@ -199,7 +203,9 @@ def everything(head, outputs, targets):
 
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize(
-    "case", [CASES[0], CASES[1], CASES[3], CASES[6]], ids=lambda c: c.name
+    "case",
+    [CASES[0], CASES[1], CASES[3], *CASES[6:]],
+    ids=lambda c: c.name,
 )
 def test_eager_and_compiled_results_agree(case, jit_compile):
     head, outputs = case.head, case.outputs
@@ -219,12 +225,16 @@ def test_eager_and_compiled_results_agree(case, jit_compile):
     targets = case.targets().astype("float32")
     expected = everything(head, outputs, targets)
     actual, draws = compiled(outputs, targets)
+    by_eigh = type(head).natural_gradient is heads.Head.natural_gradient
     for name, value in actual.items():
+        # XLA's eigh iterates to 1e-8 or so, in float64 as well.
+        by_xla = jit_compile and by_eigh and name == "natural_gradient"
+        tolerance = 1e-7 if by_xla else 1e-12
         np.testing.assert_allclose(
             np.asarray(value, float),
             np.asarray(expected[name], float),
-            rtol=1e-12,
-            atol=1e-12,
+            rtol=tolerance,
+            atol=tolerance,
             err_msg=name,
         )
     # TensorFlow's stateless generator differs between devices and compilers:
@@ -253,6 +263,8 @@ EXTREMES = {
     "bernoulli_probabilities": [[0.0, 1.0, 0.5], [1e-30, 1.0, 0.0]],
     "categorical_logits": [[50.0, -50.0, 0.0], [1e4, -1e4, 0.0]],
     "categorical_simplex": [[1.0, 0.0, 0.0], [0.5, 0.5, 1e-30]],
+    "ordered_logistic": [[50.0, -50.0, 0.0], [-1e4, 1e4, -20.0]],
+    "von_mises_fisher": [[0.0, 0.0, 0.0], [1e3, -1e-30, 0.0]],
 }
 
 
@@ -263,12 +275,13 @@ EXTREMES = {
 )
 def test_saturated_float32_outputs_give_finite_values(case):
     outputs = tf.constant(EXTREMES[case.name], tf.float32)
-    for target, _ in case.support(np.full(3, 1.0 / 3.0)):
+    # Eight targets are all but for the sphere.
+    for target, _ in case.support(np.full(3, 1.0 / 3.0))[:8]:
         targets = tf.stack([target, target])
         results = everything(case.head, outputs, targets)
         results["step"] = case.head.natural_gradient(outputs, results["score"])
         results["factor"] = case.head.fisher_factor_product(
-            outputs, tf.ones_like(outputs)
+            outputs, tf.ones([2, case.head.factor_rank(3)])
         )
         for name, value in results.items():
             assert np.all(np.isfinite(np.asarray(value, float))), name
@@ -277,14 +290,32 @@ def test_saturated_float32_outputs_give_finite_values(case):
         )
 
 
+@all_heads
+def test_head_survives_saving(case):
+    restored = keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(case.head)
+    )
+    assert restored == case.head
+    assert repr(restored) == repr(case.head)
+
+
+# Heads of any number of outputs.
+ANY_SIZE = [
+    case.head
+    for case in CASES
+    if case.name
+    not in ("ordered_logistic_given", "multivariate_normal_diag", "joint")
+]
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     leading=st.lists(st.integers(1, 3), max_size=3),
     size=st.integers(2, 5),
-    index=st.integers(0, len(CASES) - 1),
+    index=st.integers(0, len(ANY_SIZE) - 1),
 )
 def test_shapes(leading, size, index):
-    head = CASES[index].head
+    head = ANY_SIZE[index]
     outputs = np.random.default_rng(2).uniform(0.1, 0.9, (*leading, size))
     targets = head.sample(outputs, [0, 0])
     assert head.log_prob(outputs, targets).shape == leading

@@ -11,9 +11,10 @@ from keras_natgrad import heads
 # Outputs at the truth are these plus a linear function of two inputs; training
 # starts three units away from them. A tail heavier than the model's start has
 # a small influence, and takes more steps; that of the Gumbel distribution is
-# exponential, and overflows three units away.
+# exponential, and overflows three units away. A mixture's likelihood has other
+# maxima, and starts nearer.
 STEPS = {"student_t": 150, "cauchy": 150}
-DISTANCE = {"gumbel": 1.5}
+DISTANCE = {"gumbel": 1.5, "mixture": 1.0, "mixture_complete_data": 1.0}
 HEADS = {
     "normal": (heads.Normal("softplus"), [0.5, 0.0]),
     "normal_log_variance": (heads.Normal("log_variance"), [0.5, 0.0]),
@@ -42,6 +43,20 @@ HEADS = {
     "mvn": (heads.MultivariateNormalTriL(), [0.5, -0.5, 0.0, 0.5, 0.0]),
     "dirichlet": (heads.Dirichlet(), [0.5, 1.0, 1.5]),
     "multinomial": (heads.Multinomial(6), [0.5, 0.0, -0.5]),
+    "one_hot": (heads.OneHotCategorical(), [0.5, 0.0, -0.5]),
+    "mvn_diag": (heads.MultivariateNormalDiag(), [0.5, -0.5, 0.0, 0.5]),
+    "ordered": (heads.OrderedLogistic(), [0.5, 0.0, 0.5]),
+    "ordered_given": (heads.OrderedLogistic([-1.0, 0.0, 1.0]), [0.5]),
+    "von_mises_fisher": (heads.VonMisesFisher(), [1.0, 0.5, -1.0]),
+    "mixture": (heads.NormalMixture(2), [0.0, 0.5, -2.0, 2.0, 0.0, 0.5]),
+    "mixture_complete_data": (
+        heads.NormalMixture(2, fisher="complete_data"),
+        [0.0, 0.5, -2.0, 2.0, 0.0, 0.5],
+    ),
+    "joint": (
+        heads.Joint(["categorical", heads.Normal("softplus")], [3, 2]),
+        [0.5, 0.0, -0.5, 0.5, 0.0],
+    ),
 }
 
 

@@ -1,0 +1,212 @@
+"""Mixtures of normal distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_natgrad.heads import tensors
+from keras_natgrad.heads.base import Head
+from keras_natgrad.heads.categorical import Categorical
+from keras_natgrad.heads.generic import Distribution
+from keras_natgrad.heads.normal import Normal
+from keras_natgrad.heads.probability import bijectors, distributions
+
+#: How `NormalMixture` finds its Fisher matrix.
+METHODS = ("monte_carlo", "complete_data")
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class NormalMixture(Head):
+    r"""A mixture of normals: one target with several likely values.
+
+    The outputs are the C logits of the components, their C means, and their C
+    raw scales unless the scale is fixed. The Fisher matrix of a mixture has no
+    closed form:
+
+    - `fisher="monte_carlo"`: the average over `samples` draws of the outer
+      products of their scores, unbiased, as in `heads.Distribution`.
+    - `fisher="complete_data"`: the Fisher matrix for targets that come with
+      their component. With the shares π it is exact and block-diagonal,
+
+          logits: diag(π) − π πᵀ,    component k: π_k × that of Normal,
+
+      and an upper bound, as leaving the component out only loses information:
+      steps are shorter, the more so the more the components overlap. Products
+      cost `O(C)`.
+
+    Args:
+        components: Number of components C, at least 2.
+        scale: The standard deviations, a positive number or the link that
+            makes them from the outputs. Defaults to `"softplus"`.
+        fisher: `"monte_carlo"` (the default) or `"complete_data"`.
+        samples: Draws of `"monte_carlo"`. Defaults to `16`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    References:
+        - [Bishop, 1994](https://publications.aston.ac.uk/id/eprint/373/)
+        - Dempster, Laird & Rubin, 1977.
+    """
+
+    def __init__(
+        self,
+        components: int,
+        scale: float | str | Any = "softplus",
+        fisher: str = "monte_carlo",
+        samples: int = 16,
+    ) -> None:
+        if isinstance(components, bool) or not components >= 2:
+            raise ValueError(
+                "`components` must be an integer of at least 2. "
+                f"Received: components={components!r}"
+            )
+        if fisher not in METHODS:
+            raise ValueError(
+                f"`fisher` must be one of {METHODS}. Received: "
+                f"fisher={fisher!r}"
+            )
+        self.components = int(components)
+        self.method = fisher
+        self.samples = samples
+        self._weights = Categorical()
+        self._units = Normal(scale)
+        self.parameter_count = self.components * (
+            1 + len(self._units.parameter_names)
+        )
+        self._sampled = Distribution(
+            self._by_residuals,
+            self.parameter_count,
+            method="monte_carlo",
+            samples=samples,
+        )
+
+    def distribution(self, outputs: tf.Tensor) -> Any:
+        """Builds the `MixtureSameFamily` of normals."""
+        tfd = distributions()
+        logits, loc, scale = self._values(outputs)
+        return tfd.MixtureSameFamily(
+            tfd.Categorical(logits=logits), tfd.Normal(loc, scale)
+        )
+
+    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        """Computes the log-density; see `Head.log_prob()`."""
+        outputs = tensors.as_parameters(outputs)
+        targets = tensors.match_targets(outputs[..., :1], targets)
+        return self._by_residuals(outputs).log_prob(targets[..., 0])
+
+    def factor_rank(self, parameter_count: int) -> int:
+        """Returns the number of draws, or of outputs."""
+        if self.method == "monte_carlo":
+            return self.samples
+        return parameter_count
+
+    def fisher_factor_product(
+        self, outputs: tf.Tensor, vector: tf.Tensor
+    ) -> tf.Tensor:
+        """Multiplies by the scores of draws, or block by block."""
+        if self.method == "monte_carlo":
+            return self._sampled.fisher_factor_product(outputs, vector)
+        outputs = tensors.as_parameters(outputs)
+        logits, units = self._split(outputs)
+        first, rest = self._split(
+            tensors.cast_like(vector, outputs) * tf.ones_like(outputs)
+        )
+        rest = self._units.fisher_factor_product(units, rest)
+        return tf.concat(
+            [
+                self._weights.fisher_factor_product(logits, first),
+                self._roots(logits) * rest,
+            ],
+            axis=-1,
+        )
+
+    def fisher_factor_transpose_product(
+        self, outputs: tf.Tensor, vector: tf.Tensor
+    ) -> tf.Tensor:
+        """Multiplies by the transpose, likewise."""
+        if self.method == "monte_carlo":
+            return self._sampled.fisher_factor_transpose_product(
+                outputs, vector
+            )
+        outputs = tensors.as_parameters(outputs)
+        logits, units = self._split(outputs)
+        first, rest = self._split(
+            tensors.cast_like(vector, outputs) * tf.ones_like(outputs)
+        )
+        rest = self._units.fisher_factor_transpose_product(units, rest)
+        return tf.concat(
+            [
+                self._weights.fisher_factor_transpose_product(logits, first),
+                self._roots(logits) * rest,
+            ],
+            axis=-1,
+        )
+
+    def validate(self, outputs_shape: Sequence[int | None]) -> None:
+        """Checks the number of outputs."""
+        super().validate(outputs_shape)
+        size = tuple(outputs_shape)[-1]
+        if size not in (None, self.parameter_count):
+            names = ", ".join(("logits", *self._units.parameter_names))
+            raise ValueError(
+                f"The head {self!r} takes {self.parameter_count} outputs "
+                f"({names} of all components). Received: "
+                f"outputs_shape={tuple(outputs_shape)}"
+            )
+
+    def targets_in_support(
+        self, outputs: tf.Tensor, targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Tells whether all targets are finite numbers."""
+        outputs = tensors.as_parameters(outputs)
+        targets = tensors.match_targets(outputs[..., :1], targets)
+        return tf.reduce_all(tf.math.is_finite(targets))
+
+    def describe_support(self, outputs_shape: Sequence[int | None]) -> str:
+        """Says in words which targets the head accepts."""
+        return "finite numbers; remove or mask missing values"
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        return {
+            "components": self.components,
+            **self._units.get_config(),
+            "fisher": self.method,
+            "samples": self.samples,
+        }
+
+    def _split(self, tensor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return tensor[..., : self.components], tensor[..., self.components :]
+
+    def _values(
+        self, outputs: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns logits, means and scales, `[..., C]` each."""
+        logits, units = self._split(tensors.as_parameters(outputs))
+        values = self._units.values(units)
+        loc = values["loc"]
+        return logits, loc, values["scale"] * tf.ones_like(loc)
+
+    def _by_residuals(self, outputs: tf.Tensor) -> Any:
+        """Builds the same distribution from `(y − loc) / scale`.
+
+        TFP's normal subtracts `loc / scale` from `y / scale`, whose gradients
+        are rounding where the scale is small beside the mean.
+        """
+        tfd, tfb = distributions(), bijectors()
+        logits, loc, scale = self._values(outputs)
+        standard = tfd.Normal(tf.zeros_like(loc), tf.ones_like(loc))
+        return tfd.MixtureSameFamily(
+            tfd.Categorical(logits=logits),
+            tfb.Chain([tfb.Shift(loc), tfb.Scale(scale)])(standard),
+        )
+
+    def _roots(self, logits: tf.Tensor) -> tf.Tensor:
+        """Returns `√π` for each parameter of the components."""
+        root = tf.exp(0.5 * tf.nn.log_softmax(logits))
+        return tf.concat([root] * len(self._units.parameter_names), axis=-1)

@@ -1,0 +1,164 @@
+"""Float32 outputs over the whole range: finite, semidefinite, `F = L Lᵀ`."""
+
+import numpy as np
+import pytest
+
+from keras_natgrad import heads
+
+COUNT = 500
+LOGIT = 27.6  # Probabilities from 1e-12 to 1 − 1e-12.
+LOG = 13.8  # Scales, rates and counts from 1e-6 to 1e6.
+
+
+def uniform(rng, size, bound):
+    return rng.uniform(-bound, bound, size=(COUNT, size))
+
+
+def logits(size):
+    return lambda rng: uniform(rng, size, LOGIT)
+
+
+def mixed(*parts):
+    """Columns of several bounds, e.g. means, then raw scales."""
+    return lambda rng: np.concatenate(
+        [uniform(rng, size, bound) for size, bound in parts], axis=-1
+    )
+
+
+def triangle(rng):
+    """Two means, and the triangle in TFP's order: its diagonal is 0 and 2."""
+    outputs = uniform(rng, 5, LOG)
+    outputs[:, 3] = rng.normal(size=COUNT)
+    return outputs
+
+
+def directions(rng):
+    """Concentrations from 1e-12 to 1e6."""
+    outputs = rng.normal(size=(COUNT, 3))
+    length = np.exp(rng.uniform(-27.6, LOG, size=(COUNT, 1)))
+    return outputs * length / np.linalg.norm(outputs, axis=-1, keepdims=True)
+
+
+CASES = {
+    "bernoulli": (heads.Bernoulli(), logits(3)),
+    "categorical": (heads.Categorical(), logits(4)),
+    "one_hot_categorical": (heads.OneHotCategorical(), logits(4)),
+    "multinomial": (heads.Multinomial(1e6), logits(4)),
+    "binomial": (heads.Binomial(1e6), logits(1)),
+    "geometric": (heads.Geometric(), logits(1)),
+    "poisson": (heads.Poisson(), mixed((1, LOG))),
+    "zero_inflated_poisson": (
+        heads.ZeroInflatedPoisson(),
+        mixed((1, LOGIT), (1, LOG)),
+    ),
+    "negative_binomial": (
+        heads.NegativeBinomial("exp", "exp"),
+        mixed((2, LOG)),
+    ),
+    "negative_binomial_logits": (
+        heads.NegativeBinomialLogits("sigmoid", "exp"),
+        mixed((1, 200.0), (1, LOG)),
+    ),
+    "mvn_tril": (heads.MultivariateNormalTriL("exp"), triangle),
+    "mvn_diag": (
+        heads.MultivariateNormalDiag("exp"),
+        mixed((2, 1e6), (2, LOG)),
+    ),
+    "dirichlet": (heads.Dirichlet("exp"), mixed((4, LOG))),
+    "ordered_given": (
+        heads.OrderedLogistic([-1e3, -1.0, -1.0 + 1e-6, 27.6]),
+        mixed((1, 2e3)),
+    ),
+    "ordered": (
+        heads.OrderedLogistic(increment="exp"),
+        mixed((1, LOGIT), (3, LOG)),
+    ),
+    "von_mises_fisher": (heads.VonMisesFisher(), directions),
+    "mixture": (
+        heads.NormalMixture(2, "exp", samples=4),
+        mixed((2, LOGIT), (2, LOG), (2, LOG)),
+    ),
+    "mixture_complete_data": (
+        heads.NormalMixture(2, "exp", fisher="complete_data"),
+        mixed((2, LOGIT), (2, 1e6), (2, LOG)),
+    ),
+    "joint": (
+        heads.Joint(
+            ["categorical", heads.NegativeBinomial("exp", "exp")], [3, 2]
+        ),
+        mixed((3, LOGIT), (2, LOG)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_extremes(name):
+    head, draw = CASES[name]
+    outputs = draw(np.random.default_rng(0)).astype(np.float32)
+    rank = head.factor_rank(outputs.shape[-1])
+    dense = np.stack(
+        [
+            head.fisher_factor_product(outputs, np.tile(column, (COUNT, 1)))
+            for column in np.eye(rank, dtype=np.float32)
+        ],
+        axis=-1,
+    ).astype(float)
+    transposed = np.stack(
+        [
+            head.fisher_factor_transpose_product(
+                outputs, np.tile(column, (COUNT, 1))
+            )
+            for column in np.eye(outputs.shape[-1], dtype=np.float32)
+        ],
+        axis=-1,
+    ).astype(float)
+    fisher = head.fisher(outputs).numpy().astype(float)
+    for value in (dense, transposed, fisher):
+        assert np.all(np.isfinite(value))
+    # In units of the diagonal: each output has its own size.
+    diagonal = np.einsum("nii->ni", fisher)
+    # Below this, squares of the factor are no float32 numbers.
+    scale = np.where(diagonal > 1e-30, diagonal, np.inf) ** -0.5
+    if name == "mixture":
+        # Sampled scores γ − π of a component that is nearly certain are
+        # rounding, of 6e-8 beside 1.
+        scale = np.minimum(scale, 1.0)
+    normed = fisher * scale[:, :, None] * scale[:, None, :]
+    assert np.linalg.eigvalsh(normed).min() > -1e-5
+    # 1 − p is rounded to 6e-8, and stands beside √(1 − p).
+    dense *= scale[:, :, None]
+    np.testing.assert_allclose(
+        dense @ dense.swapaxes(-1, -2), normed, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        transposed * scale[:, None, :], dense.swapaxes(-1, -2), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_agrees_with_float64(name):
+    """Entry by entry in units of the diagonal, and no diagonal vanishes."""
+    head, draw = CASES[name]
+    if name == "mixture":
+        pytest.skip("Draws differ between float types.")
+    outputs = draw(np.random.default_rng(1)).astype(np.float32)
+    exact = head.fisher(outputs.astype(float)).numpy()
+    fisher = head.fisher(outputs).numpy().astype(float)
+    diagonal = np.einsum("nii->ni", exact)
+    # Below float32's smallest numbers nothing can be said.
+    scale = np.where(diagonal > 1e-30, diagonal, np.inf) ** -0.5
+    error = np.abs(fisher - exact) * scale[:, :, None] * scale[:, None, :]
+    assert error.max() < 2e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_at_extremes(name):
+    """The loss's gradient at the head's own draws is finite."""
+    head, draw = CASES[name]
+    outputs = draw(np.random.default_rng(2))[:50].astype(np.float32)
+    # TFP's sampler does not end where the mean of counts overflows; shares of
+    # small concentrations are drawn as zeros, where the density is infinite.
+    drawn_at = np.clip(outputs, 0.0 if name == "dirichlet" else -1e6, LOGIT)
+    targets = head.sample(drawn_at, [0, 1])
+    assert np.all(np.isfinite(head.log_prob(outputs, targets)))
+    assert np.all(np.isfinite(heads.Head.score(head, outputs, targets)))
