@@ -55,6 +55,15 @@ def compiled_losses(model: keras.Model) -> list[CompiledLoss]:
     return [CompiledLoss(*entry) for entry in compiled._flat_losses]
 
 
+def loss_options(loss: Any) -> dict[str, Any]:
+    """Returns the arguments with which a Keras loss calls its function.
+
+    Several losses keep them nowhere else: neither an attribute nor the
+    configuration of `Huber` has its `delta`.
+    """
+    return dict(loss._fn_kwargs)
+
+
 def update_loss_tracker(model: keras.Model, loss: Any, batch: Any) -> None:
     """Feeds the `loss` metric of `fit`, as the stock `train_step` does."""
     replicas = tf.distribute.get_strategy().num_replicas_in_sync

@@ -54,6 +54,13 @@ def test_compiled_losses():
     assert (first.weight, second.weight) == (2.0, None)
 
 
+def test_loss_options():
+    """`delta` is in no configuration and no attribute of the loss."""
+    loss = keras.losses.Huber(delta=2.0)
+    assert _compat.loss_options(loss) == {"delta": 2.0}
+    assert _compat.loss_options(keras.losses.Hinge()) == {}
+
+
 def test_compiled_losses_of_one_output():
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
     model.compile("sgd", loss="mse")

@@ -39,6 +39,7 @@ from keras_natgrad.heads.positive import (
     InverseGaussian,
     Weibull,
 )
+from keras_natgrad.heads.robust import Huber, HyperbolicSecant, Log1pNormal
 from keras_natgrad.heads.serialization import get
 
 __all__ = [
@@ -55,10 +56,13 @@ __all__ = [
     "Geometric",
     "Gumbel",
     "Head",
+    "Huber",
+    "HyperbolicSecant",
     "Information",
     "InverseGamma",
     "InverseGaussian",
     "Laplace",
+    "Log1pNormal",
     "LogNormal",
     "Logistic",
     "LogitNormal",

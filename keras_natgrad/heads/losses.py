@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_natgrad._compat import loss_options
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.bernoulli import Bernoulli
 from keras_natgrad.heads.categorical import Categorical
@@ -14,6 +15,7 @@ from keras_natgrad.heads.counts import Poisson
 from keras_natgrad.heads.location_scale import Laplace
 from keras_natgrad.heads.loss_weight import LossWeight
 from keras_natgrad.heads.normal import Normal
+from keras_natgrad.heads.robust import Huber, HyperbolicSecant, Log1pNormal
 
 Converter = Callable[[Any], tuple[Head, LossWeight]]
 
@@ -24,6 +26,11 @@ _LossFunctionWrapper = keras.losses.MeanSquaredError.__base__
 _CLASSES: dict[Any, type] = {
     keras.losses.mean_squared_error: keras.losses.MeanSquaredError,
     keras.losses.mean_absolute_error: keras.losses.MeanAbsoluteError,
+    keras.losses.mean_squared_logarithmic_error: (
+        keras.losses.MeanSquaredLogarithmicError
+    ),
+    keras.losses.huber: keras.losses.Huber,
+    keras.losses.log_cosh: keras.losses.LogCosh,
     keras.losses.poisson: keras.losses.Poisson,
     keras.losses.kl_divergence: keras.losses.KLDivergence,
     keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
@@ -44,6 +51,21 @@ def _mean_squared_error(loss: Any) -> tuple[Head, LossWeight]:
 def _mean_absolute_error(loss: Any) -> tuple[Head, LossWeight]:
     # |y - μ| = -log Laplace(y | μ, 1) + const.
     return Laplace(scale=1.0), LossWeight(units="mean")
+
+
+def _mean_squared_logarithmic_error(loss: Any) -> tuple[Head, LossWeight]:
+    # (log(1 + y) - log(1 + μ))²: log(1 + y) is normal of variance ½.
+    return Log1pNormal(scale=0.5**0.5), LossWeight(units="mean")
+
+
+def _huber(loss: Any) -> tuple[Head, LossWeight]:
+    delta = float(loss_options(loss)["delta"])
+    return Huber(scale=1.0, delta=delta), LossWeight(units="mean")
+
+
+def _log_cosh(loss: Any) -> tuple[Head, LossWeight]:
+    # log cosh(y - μ) = -log sech(y - μ).
+    return HyperbolicSecant(scale=1.0), LossWeight(units="mean")
 
 
 def _poisson(loss: Any) -> tuple[Head, LossWeight]:
@@ -73,6 +95,9 @@ def _sparse_categorical_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
 _CONVERTERS: dict[Any, Converter] = {
     keras.losses.MeanSquaredError: _mean_squared_error,
     keras.losses.MeanAbsoluteError: _mean_absolute_error,
+    keras.losses.MeanSquaredLogarithmicError: _mean_squared_logarithmic_error,
+    keras.losses.Huber: _huber,
+    keras.losses.LogCosh: _log_cosh,
     keras.losses.Poisson: _poisson,
     keras.losses.KLDivergence: _kl_divergence,
     keras.losses.BinaryCrossentropy: _binary_crossentropy,
@@ -148,6 +173,9 @@ def from_loss(
     |--------------------------|-----------------------------|-------|
     | mean_squared_error       | `Normal(scale=√½)`          | mean  |
     | mean_absolute_error      | `Laplace(scale=1.0)`        | mean  |
+    | mean_squared_log…_error  | `Log1pNormal(scale=√½)`     | mean  |
+    | huber                    | `Huber(scale=1.0, delta)`   | mean  |
+    | log_cosh                 | `HyperbolicSecant(1.0)`     | mean  |
     | poisson                  | `Poisson("identity")`       | mean  |
     | kl_divergence            | `Categorical(False)`        | sum   |
     | binary_crossentropy      | `Bernoulli(from_logits)`    | mean  |
@@ -218,12 +246,7 @@ def _resolve(
     reduction = getattr(loss, "reduction", "sum_over_batch_size")
     function, options = loss, {}
     if type(loss) is _LossFunctionWrapper:
-        function = loss.fn
-        # Keras warns when it makes the configuration of a lambda.
-        if function in _CLASSES or function in _CONVERTERS:
-            options = loss.get_config()
-            for key in ("fn", "name", "reduction"):
-                options.pop(key)
+        function, options = loss.fn, loss_options(loss)
     while isinstance(function, functools.partial) and not function.args:
         if function in _CONVERTERS:
             break

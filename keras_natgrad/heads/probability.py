@@ -19,6 +19,18 @@ def distributions() -> Any:
     return _load("distributions")
 
 
+def bijectors() -> Any:
+    """Returns `tensorflow_probability.bijectors`, imported on first use.
+
+    Returns:
+        The module `tensorflow_probability.bijectors`.
+
+    Raises:
+        ImportError: As `distributions()`.
+    """
+    return _load("bijectors")
+
+
 def mathematics() -> Any:
     """Returns `tensorflow_probability.math`, imported on first use.
 
