@@ -55,6 +55,72 @@ def compiled_losses(model: keras.Model) -> list[CompiledLoss]:
     return [CompiledLoss(*entry) for entry in compiled._flat_losses]
 
 
+class DeclaredLoss(NamedTuple):
+    """One loss as the user gave it to `compile`.
+
+    Attributes:
+        path: Keys that lead from the structure of outputs to this output.
+        loss: What the user gave: a name, function or `keras.losses.Loss`.
+        shape: Static shape of the output, or `None` if it is not known.
+    """
+
+    path: tuple[Any, ...]
+    loss: Any
+    shape: tuple[int | None, ...] | None
+
+
+def declared_losses(model: keras.Model) -> list[DeclaredLoss]:
+    """Returns the losses given to `compile`, before any of them is called.
+
+    `compiled_losses` knows them only after the first step, and nothing public
+    tells the losses of a model.
+    """
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is None:
+        return []
+    names = list(getattr(model, "output_names", ()))
+    shapes = _output_shapes(model)
+
+    def key_of(key: Any) -> Any:
+        # Losses may go by the names of the output layers.
+        return names.index(key) if key in names else key
+
+    def flatten(loss: Any, shape: Any, path: tuple[Any, ...]) -> Any:
+        if isinstance(shape, list) and isinstance(loss, dict):
+            loss = {key_of(key): each for key, each in loss.items()}
+        items, known = _items(loss), dict(_items(shape) or ())
+        if items is None and known:
+            items = [(key, loss) for key in known]
+        if items is None:
+            if loss is not None:
+                yield DeclaredLoss(path, loss, shape)
+            return
+        for key, each in items:
+            yield from flatten(each, known.get(key), (*path, key))
+
+    return list(flatten(compiled._user_loss, shapes, ()))
+
+
+def _output_shapes(model: keras.Model) -> Any:
+    """Returns the shapes of the outputs in their structure, or `None`."""
+    try:
+        return model.output_shape
+    except (AttributeError, ValueError):
+        return None  # A subclassed model, or one that is not built.
+
+
+def _items(structure: Any) -> list[tuple[Any, Any]] | None:
+    """Returns the keys and parts of a nested structure, `None` for a leaf."""
+    if isinstance(structure, dict):
+        return list(structure.items())
+    if not isinstance(structure, (list, tuple)):
+        return None
+    # A shape is a leaf; its numbers may be `None`, as may be some losses.
+    if all(part is None or isinstance(part, int) for part in structure):
+        return None
+    return list(enumerate(structure))
+
+
 def loss_options(loss: Any) -> dict[str, Any]:
     """Returns the arguments with which a Keras loss calls its function.
 

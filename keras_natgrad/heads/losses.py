@@ -26,20 +26,36 @@ _LossFunctionWrapper = keras.losses.MeanSquaredError.__base__
 _CLASSES: dict[Any, type] = {
     keras.losses.mean_squared_error: keras.losses.MeanSquaredError,
     keras.losses.mean_absolute_error: keras.losses.MeanAbsoluteError,
+    keras.losses.mean_absolute_percentage_error: (
+        keras.losses.MeanAbsolutePercentageError
+    ),
     keras.losses.mean_squared_logarithmic_error: (
         keras.losses.MeanSquaredLogarithmicError
     ),
     keras.losses.huber: keras.losses.Huber,
     keras.losses.log_cosh: keras.losses.LogCosh,
+    keras.losses.cosine_similarity: keras.losses.CosineSimilarity,
     keras.losses.poisson: keras.losses.Poisson,
     keras.losses.kl_divergence: keras.losses.KLDivergence,
     keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
+    keras.losses.binary_focal_crossentropy: (
+        keras.losses.BinaryFocalCrossentropy
+    ),
     keras.losses.categorical_crossentropy: (
         keras.losses.CategoricalCrossentropy
+    ),
+    keras.losses.categorical_focal_crossentropy: (
+        keras.losses.CategoricalFocalCrossentropy
     ),
     keras.losses.sparse_categorical_crossentropy: (
         keras.losses.SparseCategoricalCrossentropy
     ),
+    keras.losses.hinge: keras.losses.Hinge,
+    keras.losses.squared_hinge: keras.losses.SquaredHinge,
+    keras.losses.categorical_hinge: keras.losses.CategoricalHinge,
+    keras.losses.dice: keras.losses.Dice,
+    keras.losses.tversky: keras.losses.Tversky,
+    keras.losses.ctc: keras.losses.CTC,
 }
 
 
@@ -197,8 +213,10 @@ def from_loss(
         A pair of the `Head` and the `LossWeight`.
 
     Raises:
-        ValueError: If no head is known for the loss, or if the loss or the
-            outputs have a form that the head does not model.
+        ValueError: If the loss is no log-likelihood of a known head, or if the
+            loss or the outputs have a form that the head does not model. An
+            optimizer then trains with a surrogate or the empirical Fisher;
+            see docs/heads.md.
 
     Example:
 
@@ -209,15 +227,37 @@ def from_loss(
 
     - [Martens, 2020](https://jmlr.org/papers/v21/17-678.html), section 9.
     """
-    shape = None if outputs_shape is None else tuple(outputs_shape)
-    resolved, reduction = _resolve(loss, shape)
-    converter = _CONVERTERS.get(_key(resolved))
-    if converter is None:
+    found = find_head(loss, outputs_shape)
+    if found is None:
         raise ValueError(
             f"No head is known for the loss {_describe(loss)}. Pass "
             "head=keras_natgrad.heads.<Head>(...) to attach(), or use "
             "loss=keras_natgrad.losses.NegativeLogLikelihood(head)."
         )
+    return found
+
+
+def find_head(
+    loss: Any, outputs_shape: Sequence[int | None] | None = None
+) -> tuple[Head, LossWeight] | None:
+    """Finds the head as `from_loss()`, and `None` where no head is known.
+
+    Args:
+        loss: As for `from_loss()`.
+        outputs_shape: As for `from_loss()`.
+
+    Returns:
+        A pair of the `Head` and the `LossWeight`, or `None`.
+
+    Raises:
+        ValueError: If the loss or the outputs have a form that the head does
+            not model.
+    """
+    shape = None if outputs_shape is None else tuple(outputs_shape)
+    resolved, reduction = resolve(loss, shape)
+    converter = _CONVERTERS.get(_key(resolved))
+    if converter is None:
+        return None
     axis = getattr(resolved, "axis", -1)
     if axis != -1 and (shape is None or axis != len(shape) - 1):
         raise ValueError(
@@ -231,10 +271,19 @@ def from_loss(
     return head, dataclasses.replace(weight, reduction=reduction)
 
 
-def _resolve(
-    loss: Any, shape: tuple[int | None, ...] | None
+def resolve(
+    loss: Any, shape: tuple[int | None, ...] | None = None
 ) -> tuple[Any, str | None]:
-    """Returns the loss instance or function meant, and its reduction."""
+    """Returns the loss instance or function meant, and its reduction.
+
+    Args:
+        loss: As for `from_loss()`.
+        shape: Static shape of the outputs, for the name `"crossentropy"`.
+
+    Returns:
+        An instance for every loss of Keras, a function for any other one, and
+        `None` for what is neither; and the reduction.
+    """
     if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
         loss = _crossentropy(shape)
     if isinstance(loss, (str, dict, type)):
@@ -253,6 +302,8 @@ def _resolve(
         options = {**function.keywords, **options}
         function = function.func
     if isinstance(function, keras.losses.Loss):
+        return function, reduction
+    if not options and callable(function) and function in _CONVERTERS:
         return function, reduction
     if callable(function) and function in _CLASSES:
         return _CLASSES[function](**options), reduction
