@@ -79,46 +79,33 @@ def declared_losses(model: keras.Model) -> list[DeclaredLoss]:
     if compiled is None:
         return []
     names = list(getattr(model, "output_names", ()))
-    shapes = _output_shapes(model)
-
-    def key_of(key: Any) -> Any:
-        # Losses may go by the names of the output layers.
-        return names.index(key) if key in names else key
-
-    def flatten(loss: Any, shape: Any, path: tuple[Any, ...]) -> Any:
-        if isinstance(shape, list) and isinstance(loss, dict):
-            loss = {key_of(key): each for key, each in loss.items()}
-        items, known = _items(loss), dict(_items(shape) or ())
-        if items is None and known:
-            items = [(key, loss) for key in known]
-        if items is None:
-            if loss is not None:
-                yield DeclaredLoss(path, loss, shape)
-            return
-        for key, each in items:
-            yield from flatten(each, known.get(key), (*path, key))
-
-    return list(flatten(compiled._user_loss, shapes, ()))
-
-
-def _output_shapes(model: keras.Model) -> Any:
-    """Returns the shapes of the outputs in their structure, or `None`."""
     try:
-        return model.output_shape
-    except (AttributeError, ValueError):
-        return None  # A subclassed model, or one that is not built.
+        outputs = model.output
+    except AttributeError:
+        # A sequential model knows no more than the shape.
+        shape = getattr(model, "output_shape", None)
+        outputs = None if shape is None else keras.KerasTensor(shape)
 
+    def items(structure: Any) -> dict[Any, Any]:
+        if isinstance(structure, dict):
+            return structure
+        if isinstance(structure, (list, tuple)):
+            return dict(enumerate(structure))
+        return {}
 
-def _items(structure: Any) -> list[tuple[Any, Any]] | None:
-    """Returns the keys and parts of a nested structure, `None` for a leaf."""
-    if isinstance(structure, dict):
-        return list(structure.items())
-    if not isinstance(structure, (list, tuple)):
-        return None
-    # A shape is a leaf; its numbers may be `None`, as may be some losses.
-    if all(part is None or isinstance(part, int) for part in structure):
-        return None
-    return list(enumerate(structure))
+    def flatten(loss: Any, own: Any, path: tuple[Any, ...]) -> Any:
+        parts = items(loss)
+        if not parts and items(own):
+            parts = dict.fromkeys(items(own), loss)
+        if not parts and loss is not None:
+            shape = None if own is None else tuple(own.shape)
+            yield DeclaredLoss(path, loss, shape)
+        for key, part in parts.items():
+            if key not in items(own) and key in names:
+                key = names.index(key)  # The name of an output layer.
+            yield from flatten(part, items(own).get(key), (*path, key))
+
+    return list(flatten(compiled._user_loss, outputs, ()))
 
 
 def loss_options(loss: Any) -> dict[str, Any]:

@@ -151,6 +151,9 @@ def declared_rows(
     rows = []
     for path, loss, shape in declared_losses(model):
         name = output_name(path)
+        if shape is None and loss in ("crossentropy", "ce"):
+            rows.append((name, loss, "known after the first step"))
+            continue
         choice = choose(loss, name, head_of(head, path), shape, observed)
         rows.append(choice.row())
     return rows
