@@ -117,8 +117,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
             model: A `keras.Model`, built or not.
             head: A `keras_natgrad.heads.Head` that says what distribution
                 the outputs parametrise, or a list or dictionary of heads
-                like the outputs. Needed where the compiled loss does not
-                tell, and in custom training loops.
+                like the outputs. Needed in custom training loops, and for
+                an exact Fisher where the compiled loss has no head.
             exclude: Names or paths of layers that are not to be captured;
                 their variables get the fallback block.
 

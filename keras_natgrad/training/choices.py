@@ -80,6 +80,12 @@ class Choice:
         """Returns the part of this loss in the curvature of one batch."""
         if self.weight is not None:
             self.head.validate(tuple(outputs.shape))
+            counted = self.weight.target_mask(outputs, targets)
+            if counted is not None:
+                # Labels of the ignored class need not be possible ones.
+                mask = counted if mask is None else counted & mask
+                targets = tf.reshape(targets, tf.shape(counted))
+                targets = tf.where(counted, targets, tf.zeros_like(targets))
             coefficients = self.weight.coefficients(
                 outputs, sample_weight, mask
             )
