@@ -55,6 +55,68 @@ def compiled_losses(model: keras.Model) -> list[CompiledLoss]:
     return [CompiledLoss(*entry) for entry in compiled._flat_losses]
 
 
+class DeclaredLoss(NamedTuple):
+    """One loss as the user gave it to `compile`.
+
+    Attributes:
+        path: Keys that lead from the structure of outputs to this output.
+        loss: What the user gave: a name, function or `keras.losses.Loss`.
+        shape: Static shape of the output, or `None` if it is not known.
+    """
+
+    path: tuple[Any, ...]
+    loss: Any
+    shape: tuple[int | None, ...] | None
+
+
+def declared_losses(model: keras.Model) -> list[DeclaredLoss]:
+    """Returns the losses given to `compile`, before any of them is called.
+
+    `compiled_losses` knows them only after the first step, and nothing public
+    tells the losses of a model.
+    """
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is None:
+        return []
+    names = list(getattr(model, "output_names", ()))
+    try:
+        outputs = model.output
+    except AttributeError:
+        # A sequential model knows no more than the shape.
+        shape = getattr(model, "output_shape", None)
+        outputs = None if shape is None else keras.KerasTensor(shape)
+
+    def items(structure: Any) -> dict[Any, Any]:
+        if isinstance(structure, dict):
+            return structure
+        if isinstance(structure, (list, tuple)):
+            return dict(enumerate(structure))
+        return {}
+
+    def flatten(loss: Any, own: Any, path: tuple[Any, ...]) -> Any:
+        parts = items(loss)
+        if not parts and items(own):
+            parts = dict.fromkeys(items(own), loss)
+        if not parts and loss is not None:
+            shape = None if own is None else tuple(own.shape)
+            yield DeclaredLoss(path, loss, shape)
+        for key, part in parts.items():
+            if key not in items(own) and key in names:
+                key = names.index(key)  # The name of an output layer.
+            yield from flatten(part, items(own).get(key), (*path, key))
+
+    return list(flatten(compiled._user_loss, outputs, ()))
+
+
+def loss_options(loss: Any) -> dict[str, Any]:
+    """Returns the arguments with which a Keras loss calls its function.
+
+    Several losses keep them nowhere else: neither an attribute nor the
+    configuration of `Huber` has its `delta`.
+    """
+    return dict(loss._fn_kwargs)
+
+
 def update_loss_tracker(model: keras.Model, loss: Any, batch: Any) -> None:
     """Feeds the `loss` metric of `fit`, as the stock `train_step` does."""
     replicas = tf.distribute.get_strategy().num_replicas_in_sync

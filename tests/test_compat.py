@@ -54,6 +54,46 @@ def test_compiled_losses():
     assert (first.weight, second.weight) == (2.0, None)
 
 
+def test_declared_losses():
+    """Names, shapes and paths of the losses, before any is called."""
+    x = keras.Input((2,))
+    nested = {"a": layers.Dense(1)(x), "b": [layers.Dense(3)(x)]}
+    model = keras.Model(x, nested)
+    assert _compat.declared_losses(model) == []
+    model.compile("sgd", loss={"a": "mse", "b": ["mae"]})
+    assert _compat.declared_losses(model) == [
+        (("a",), "mse", (None, 1)),
+        (("b", 0), "mae", (None, 3)),
+    ]
+    model.compile("sgd", loss={"b": ["mae"]})
+    assert _compat.declared_losses(model) == [(("b", 0), "mae", (None, 3))]
+    both = [layers.Dense(1, name="u")(x), layers.Dense(2, name="v")(x)]
+    model = keras.Model(x, both)
+    for loss in (["mse", None], {"u": "mse"}):
+        model.compile("sgd", loss=loss)
+        assert _compat.declared_losses(model) == [((0,), "mse", (None, 1))]
+    model.compile("sgd", loss="mse")
+    assert _compat.declared_losses(model) == [
+        ((0,), "mse", (None, 1)),
+        ((1,), "mse", (None, 2)),
+    ]
+
+
+def test_declared_losses_of_one_output_and_of_an_unbuilt_model():
+    model = keras.Sequential([layers.Dense(1)])
+    model.compile("sgd", loss="mse")
+    assert _compat.declared_losses(model) == [((), "mse", None)]
+    model.build((None, 2))
+    assert _compat.declared_losses(model) == [((), "mse", (None, 1))]
+
+
+def test_loss_options():
+    """`delta` is in no configuration and no attribute of the loss."""
+    loss = keras.losses.Huber(delta=2.0)
+    assert _compat.loss_options(loss) == {"delta": 2.0}
+    assert _compat.loss_options(keras.losses.Hinge()) == {}
+
+
 def test_compiled_losses_of_one_output():
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
     model.compile("sgd", loss="mse")

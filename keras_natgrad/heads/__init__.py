@@ -43,6 +43,7 @@ from keras_natgrad.heads.positive import (
     InverseGaussian,
     Weibull,
 )
+from keras_natgrad.heads.robust import Huber, HyperbolicSecant, Log1pNormal
 from keras_natgrad.heads.serialization import get
 
 __all__ = [
@@ -59,11 +60,14 @@ __all__ = [
     "Geometric",
     "Gumbel",
     "Head",
+    "Huber",
+    "HyperbolicSecant",
     "Information",
     "InverseGamma",
     "InverseGaussian",
     "Joint",
     "Laplace",
+    "Log1pNormal",
     "LogNormal",
     "Logistic",
     "LogitNormal",

@@ -268,6 +268,18 @@ class Head(abc.ABC):
         """
         return tf.reduce_all(tf.math.is_finite(self.log_prob(outputs, targets)))
 
+    def describe_fisher(self, parameter_count: int | None = None) -> str:
+        """Says in words how the Fisher matrix is found, for summaries.
+
+        Args:
+            parameter_count: Integer, the size `K` of the last axis of the
+                outputs, or `None` where it is not known.
+
+        Returns:
+            `"exact, closed form"`, unless a subclass says otherwise.
+        """
+        return "exact, closed form"
+
     def describe_support(self, outputs_shape: Sequence[int | None]) -> str:
         """Completes the sentence "The targets must be ..." for errors."""
         return "possible values of the distribution"

@@ -364,6 +364,10 @@ TARGETS = {
         "non-negative finite numbers",
         lambda y: tf.math.is_finite(y) & (y >= 0),
     ),
+    "above_minus_one": TargetSupport(
+        "finite numbers above −1",
+        lambda y: tf.math.is_finite(y) & (y > -1),
+    ),
     "unit": TargetSupport(
         "numbers strictly between 0 and 1; shrink 0 and 1 inwards",
         lambda y: (y > 0) & (y < 1),

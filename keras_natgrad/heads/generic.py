@@ -133,6 +133,17 @@ class Distribution(Head):
             )
         return self.method
 
+    def describe_fisher(self, parameter_count: int | None = None) -> str:
+        """Says which method finds the Fisher; see `Head.describe_fisher()`."""
+        count = parameter_count or self.parameter_count
+        method = self.method if count is None else self.fisher_method(count)
+        return {
+            "auto": "method chosen when the outputs are known",
+            "summation": "exact, summation over the support",
+            "kl_divergence": "exact, Hessian of kl_divergence",
+            "monte_carlo": f"monte_carlo, {self.samples} samples",
+        }[method]
+
     def factor_rank(self, parameter_count: int) -> int:
         """Returns the columns of L: points of the support, K, or draws."""
         method = self.fisher_method(parameter_count)

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_natgrad._compat import loss_options
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.bernoulli import Bernoulli
 from keras_natgrad.heads.categorical import Categorical
@@ -14,6 +15,7 @@ from keras_natgrad.heads.counts import Poisson
 from keras_natgrad.heads.location_scale import Laplace
 from keras_natgrad.heads.loss_weight import LossWeight
 from keras_natgrad.heads.normal import Normal
+from keras_natgrad.heads.robust import Huber, HyperbolicSecant, Log1pNormal
 
 Converter = Callable[[Any], tuple[Head, LossWeight]]
 
@@ -24,15 +26,36 @@ _LossFunctionWrapper = keras.losses.MeanSquaredError.__base__
 _CLASSES: dict[Any, type] = {
     keras.losses.mean_squared_error: keras.losses.MeanSquaredError,
     keras.losses.mean_absolute_error: keras.losses.MeanAbsoluteError,
+    keras.losses.mean_absolute_percentage_error: (
+        keras.losses.MeanAbsolutePercentageError
+    ),
+    keras.losses.mean_squared_logarithmic_error: (
+        keras.losses.MeanSquaredLogarithmicError
+    ),
+    keras.losses.huber: keras.losses.Huber,
+    keras.losses.log_cosh: keras.losses.LogCosh,
+    keras.losses.cosine_similarity: keras.losses.CosineSimilarity,
     keras.losses.poisson: keras.losses.Poisson,
     keras.losses.kl_divergence: keras.losses.KLDivergence,
     keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
+    keras.losses.binary_focal_crossentropy: (
+        keras.losses.BinaryFocalCrossentropy
+    ),
     keras.losses.categorical_crossentropy: (
         keras.losses.CategoricalCrossentropy
+    ),
+    keras.losses.categorical_focal_crossentropy: (
+        keras.losses.CategoricalFocalCrossentropy
     ),
     keras.losses.sparse_categorical_crossentropy: (
         keras.losses.SparseCategoricalCrossentropy
     ),
+    keras.losses.hinge: keras.losses.Hinge,
+    keras.losses.squared_hinge: keras.losses.SquaredHinge,
+    keras.losses.categorical_hinge: keras.losses.CategoricalHinge,
+    keras.losses.dice: keras.losses.Dice,
+    keras.losses.tversky: keras.losses.Tversky,
+    keras.losses.ctc: keras.losses.CTC,
 }
 
 
@@ -44,6 +67,21 @@ def _mean_squared_error(loss: Any) -> tuple[Head, LossWeight]:
 def _mean_absolute_error(loss: Any) -> tuple[Head, LossWeight]:
     # |y - μ| = -log Laplace(y | μ, 1) + const.
     return Laplace(scale=1.0), LossWeight(units="mean")
+
+
+def _mean_squared_logarithmic_error(loss: Any) -> tuple[Head, LossWeight]:
+    # (log(1 + y) - log(1 + μ))²: log(1 + y) is normal of variance ½.
+    return Log1pNormal(scale=0.5**0.5), LossWeight(units="mean")
+
+
+def _huber(loss: Any) -> tuple[Head, LossWeight]:
+    delta = float(loss_options(loss)["delta"])
+    return Huber(scale=1.0, delta=delta), LossWeight(units="mean")
+
+
+def _log_cosh(loss: Any) -> tuple[Head, LossWeight]:
+    # log cosh(y - μ) = -log sech(y - μ).
+    return HyperbolicSecant(scale=1.0), LossWeight(units="mean")
 
 
 def _poisson(loss: Any) -> tuple[Head, LossWeight]:
@@ -73,6 +111,9 @@ def _sparse_categorical_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
 _CONVERTERS: dict[Any, Converter] = {
     keras.losses.MeanSquaredError: _mean_squared_error,
     keras.losses.MeanAbsoluteError: _mean_absolute_error,
+    keras.losses.MeanSquaredLogarithmicError: _mean_squared_logarithmic_error,
+    keras.losses.Huber: _huber,
+    keras.losses.LogCosh: _log_cosh,
     keras.losses.Poisson: _poisson,
     keras.losses.KLDivergence: _kl_divergence,
     keras.losses.BinaryCrossentropy: _binary_crossentropy,
@@ -148,6 +189,9 @@ def from_loss(
     |--------------------------|-----------------------------|-------|
     | mean_squared_error       | `Normal(scale=√½)`          | mean  |
     | mean_absolute_error      | `Laplace(scale=1.0)`        | mean  |
+    | mean_squared_log…_error  | `Log1pNormal(scale=√½)`     | mean  |
+    | huber                    | `Huber(scale=1.0, delta)`   | mean  |
+    | log_cosh                 | `HyperbolicSecant(1.0)`     | mean  |
     | poisson                  | `Poisson("identity")`       | mean  |
     | kl_divergence            | `Categorical(False)`        | sum   |
     | binary_crossentropy      | `Bernoulli(from_logits)`    | mean  |
@@ -169,8 +213,10 @@ def from_loss(
         A pair of the `Head` and the `LossWeight`.
 
     Raises:
-        ValueError: If no head is known for the loss, or if the loss or the
-            outputs have a form that the head does not model.
+        ValueError: If the loss is no log-likelihood of a known head, or if the
+            loss or the outputs have a form that the head does not model. An
+            optimizer then trains with a surrogate or the empirical Fisher;
+            see docs/heads.md.
 
     Example:
 
@@ -181,15 +227,37 @@ def from_loss(
 
     - [Martens, 2020](https://jmlr.org/papers/v21/17-678.html), section 9.
     """
-    shape = None if outputs_shape is None else tuple(outputs_shape)
-    resolved, reduction = _resolve(loss, shape)
-    converter = _CONVERTERS.get(_key(resolved))
-    if converter is None:
+    found = find_head(loss, outputs_shape)
+    if found is None:
         raise ValueError(
             f"No head is known for the loss {_describe(loss)}. Pass "
             "head=keras_natgrad.heads.<Head>(...) to attach(), or use "
             "loss=keras_natgrad.losses.NegativeLogLikelihood(head)."
         )
+    return found
+
+
+def find_head(
+    loss: Any, outputs_shape: Sequence[int | None] | None = None
+) -> tuple[Head, LossWeight] | None:
+    """Finds the head as `from_loss()`, and `None` where no head is known.
+
+    Args:
+        loss: As for `from_loss()`.
+        outputs_shape: As for `from_loss()`.
+
+    Returns:
+        A pair of the `Head` and the `LossWeight`, or `None`.
+
+    Raises:
+        ValueError: If the loss or the outputs have a form that the head does
+            not model.
+    """
+    shape = None if outputs_shape is None else tuple(outputs_shape)
+    resolved, reduction = resolve(loss, shape)
+    converter = _CONVERTERS.get(_key(resolved))
+    if converter is None:
+        return None
     axis = getattr(resolved, "axis", -1)
     if axis != -1 and (shape is None or axis != len(shape) - 1):
         raise ValueError(
@@ -203,10 +271,19 @@ def from_loss(
     return head, dataclasses.replace(weight, reduction=reduction)
 
 
-def _resolve(
-    loss: Any, shape: tuple[int | None, ...] | None
+def resolve(
+    loss: Any, shape: tuple[int | None, ...] | None = None
 ) -> tuple[Any, str | None]:
-    """Returns the loss instance or function meant, and its reduction."""
+    """Returns the loss instance or function meant, and its reduction.
+
+    Args:
+        loss: As for `from_loss()`.
+        shape: Static shape of the outputs, for the name `"crossentropy"`.
+
+    Returns:
+        An instance for every loss of Keras, a function for any other one, and
+        `None` for what is neither; and the reduction.
+    """
     if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
         loss = _crossentropy(shape)
     if isinstance(loss, (str, dict, type)):
@@ -218,18 +295,15 @@ def _resolve(
     reduction = getattr(loss, "reduction", "sum_over_batch_size")
     function, options = loss, {}
     if type(loss) is _LossFunctionWrapper:
-        function = loss.fn
-        # Keras warns when it makes the configuration of a lambda.
-        if function in _CLASSES or function in _CONVERTERS:
-            options = loss.get_config()
-            for key in ("fn", "name", "reduction"):
-                options.pop(key)
+        function, options = loss.fn, loss_options(loss)
     while isinstance(function, functools.partial) and not function.args:
         if function in _CONVERTERS:
             break
         options = {**function.keywords, **options}
         function = function.func
     if isinstance(function, keras.losses.Loss):
+        return function, reduction
+    if not options and callable(function) and function in _CONVERTERS:
         return function, reduction
     if callable(function) and function in _CLASSES:
         return _CLASSES[function](**options), reduction

@@ -243,5 +243,23 @@ def zero_truncation(rate: tf.Tensor) -> tf.Tensor:
     return tf.where(rate < 0.05, series, direct)
 
 
+def huber_masses(delta: float) -> tuple[float, float, float]:
+    """Returns the parts of the Huber density, and its normaliser.
+
+    With `Z = √(2π) erf(δ/√2) + (2/δ) exp(−δ²/2)`, the first term over Z is
+    the probability `P` of at most δ, the second over Z that of more, `Q`.
+
+    Args:
+        delta: δ, a positive number.
+
+    Returns:
+        P, Q and Z.
+    """
+    normal = math.sqrt(2.0 * math.pi) * math.erf(delta / math.sqrt(2.0))
+    tails = 2.0 / delta * math.exp(-0.5 * delta**2)
+    total = normal + tails
+    return normal / total, tails / total, total
+
+
 EULER_GAMMA = float(np.euler_gamma)
 GUMBEL_SPREAD = math.pi / math.sqrt(6.0)

@@ -21,6 +21,11 @@ from keras_natgrad.capture import (
 )
 from keras_natgrad.curvature import Backward, CapturedPass, OutputTerm
 from keras_natgrad.training import install
+from keras_natgrad.training.choices import (
+    Choice,
+    declared_rows,
+    warn_of_fallbacks,
+)
 from keras_natgrad.training.terms import has_weight, in_support, mean_terms
 
 _NOT_ATTACHED = (
@@ -89,6 +94,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         self._hide("_exclude", ())
         self._hide("_observation", None)
         self._hide("_curvature_built", False)
+        self._hide("_loss_rows", None)
 
     def _hide(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -111,8 +117,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
             model: A `keras.Model`, built or not.
             head: A `keras_natgrad.heads.Head` that says what distribution
                 the outputs parametrise, or a list or dictionary of heads
-                like the outputs. Needed where the compiled loss does not
-                tell, and in custom training loops.
+                like the outputs. Needed in custom training loops, and for
+                an exact Fisher where the compiled loss has no head.
             exclude: Names or paths of layers that are not to be captured;
                 their variables get the fallback block.
 
@@ -161,6 +167,25 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
     def attached_head(self) -> Any:
         """Returns the head given to `attach`, or `None`."""
         return self._head
+
+    @property
+    def uses_targets(self) -> bool:
+        """Whether the Fisher is the empirical one, at observed targets."""
+        return False
+
+    def receive_choices(self, choices: Sequence[Choice]) -> None:
+        """Takes what stands for each loss; warns of fallbacks once."""
+        if self._loss_rows is None:
+            warn_of_fallbacks(choices)
+        self._hide("_loss_rows", [choice.row() for choice in choices])
+
+    def loss_rows(self) -> list[tuple[str, str, str]]:
+        """Returns output, head and how its Fisher is found, per loss."""
+        if self._loss_rows is not None:
+            return list(self._loss_rows)
+        return declared_rows(
+            self.attached_model(), self._head, self.uses_targets
+        )
 
     # -- State -----------------------------------------------------------
 

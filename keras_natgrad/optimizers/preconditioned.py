@@ -14,7 +14,6 @@ from keras_natgrad.curvature import (
     BlockDiagonal,
     BlockOptions,
     CapturedPass,
-    Entry,
     estimated_gram,
     fisher_gram,
     random_cotangents,
@@ -117,7 +116,10 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         self._hide("_velocities", velocities)
         ridge = [l2_curvature(variable.regularizer) for variable in variables]
         self._hide("_ridge", ridge)
-        self._hide("_ridge_rows", _ridge_rows(self.curvature.entries, ridge))
+        pairs = [
+            (e.variables[0], e.variables[-1]) for e in self.curvature.entries
+        ]
+        self._hide("_ridge_rows", [Ridge(ridge[i], ridge[j]) for i, j in pairs])
 
     @property
     def statistics(self) -> dict[str, float]:
@@ -131,8 +133,15 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         """
         return self.state.to_dict() if self._curvature_built else {}
 
+    @override
+    @property
+    def uses_targets(self) -> bool:
+        return self.fisher == "empirical"
+
     def summary(self, print_fn: Any = None) -> None:
         """Prints what each layer got: block, shapes, memory, approximation.
+
+        For a compiled model, a line per output says how its Fisher is found.
 
         Args:
             print_fn: Function that prints one string. Defaults to `print`.
@@ -140,7 +149,8 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         if not self._curvature_built:
             self.build(self.attached_model().trainable_variables)
         variables = _compat.optimizer_variables(self)
-        (print_fn or print)(render_table(self.curvature, variables))
+        text = render_table(self.curvature, variables, self.loss_rows())
+        (print_fn or print)(text)
 
     # -- One step --------------------------------------------------------
 
@@ -437,13 +447,3 @@ class PreconditionedOptimizer(CurvatureOptimizer):
 
         step = tf.convert_to_tensor(self.iterations)
         tf.cond(is_multiple(step, rule.period), adapt, lambda: tf.constant(0))
-
-
-def _ridge_rows(
-    entries: Sequence[Entry], ridge: Sequence[float]
-) -> list[Ridge]:
-    """Returns the regularizers' curvature per block, from that per variable."""
-    return [
-        Ridge(ridge[entry.variables[0]], ridge[entry.variables[-1]])
-        for entry in entries
-    ]

@@ -52,8 +52,18 @@ def table_rows(
     return rows
 
 
-def render_table(curvature: BlockDiagonal, variables: Sequence[Any]) -> str:
-    """Returns the table as text, with totals in the last lines."""
+def render_table(
+    curvature: BlockDiagonal,
+    variables: Sequence[Any],
+    losses: Sequence[tuple[str, str, str]] = (),
+) -> str:
+    """Returns the table as text, with heads and totals in the last lines.
+
+    Args:
+        curvature: The blocks.
+        variables: The optimizer's variables.
+        losses: Output, head and how its Fisher is found, per loss.
+    """
     table = Table(title="Curvature blocks")
     for column in _COLUMNS:
         table.add_column(column, overflow="fold")
@@ -67,6 +77,9 @@ def render_table(curvature: BlockDiagonal, variables: Sequence[Any]) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=100)
     console.print(table)
+    for output, head, fisher in losses:
+        line = f"Fisher of {output}: {head}; {fisher}"
+        console.print(line, markup=False, soft_wrap=True)
     console.print(
         f"Parameters in captured layers: {covered:,} of {curvature.size:,} "
         f"({covered / curvature.size:.1%})"

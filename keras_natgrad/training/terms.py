@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,45 +12,76 @@ import tensorflow as tf
 from keras_natgrad import heads
 from keras_natgrad._compat import compiled_losses, keras_mask
 from keras_natgrad.curvature import OutputTerm
+from keras_natgrad.training.choices import (
+    Choice,
+    choose,
+    head_of,
+    output_name,
+)
+
+
+def compiled_choices(
+    model: keras.Model, outputs: Any, head: Any = None, observed: bool = False
+) -> list[Choice]:
+    """Returns what stands for each loss that `compile` set up.
+
+    Args:
+        model: A compiled model whose loss has been called.
+        outputs: The model's outputs.
+        head: Head (or a structure of heads like the losses) that replaces
+            what the losses say.
+        observed: Whether the optimizer's Fisher is the empirical one.
+
+    Raises:
+        ValueError: If a head does not fit its loss or its output.
+    """
+    return [
+        choose(
+            entry.loss,
+            output_name(entry.path),
+            head_of(head, entry.path),
+            tuple(_resolve(entry.path, outputs).shape),
+            observed,
+        )
+        for entry in compiled_losses(model)
+    ]
 
 
 def compiled_terms(
     model: keras.Model,
+    choices: Sequence[Choice],
     outputs: Any,
     targets: Any,
     sample_weight: Any,
-    head: Any = None,
 ) -> list[OutputTerm]:
     """Returns one term per loss that `compile` set up.
 
     Args:
         model: A compiled model whose loss has been called.
+        choices: Of `compiled_choices`.
         outputs: The model's outputs.
         targets: Targets, of the same structure.
         sample_weight: `None`, one tensor, or the same structure.
-        head: Head (or a structure of heads like the losses) that replaces
-            what the losses say.
 
     Raises:
-        ValueError: If a loss has no known head and none is given, or a head
-            does not fit its output.
+        ValueError: If a head does not fit its output.
     """
     terms = []
-    for entry in compiled_losses(model):
+    for entry, choice in zip(compiled_losses(model), choices, strict=True):
         own_outputs = _resolve(entry.path, outputs)
-        own_head = _head_of(head, entry.path)
-        found, weight = _find_head(entry.loss, own_head, own_outputs)
-        found.validate(tuple(own_outputs.shape))
         own_targets = _resolve(entry.path, targets)
         own_weight = sample_weight
         if sample_weight is not None and keras.tree.is_nested(sample_weight):
             own_weight = _resolve(entry.path, sample_weight)
-        coefficients = weight.coefficients(
-            own_outputs, own_weight, keras_mask(own_outputs)
+        term = choice.term(
+            own_outputs, own_targets, own_weight, keras_mask(own_outputs)
         )
         if entry.weight is not None:
-            coefficients *= tf.cast(entry.weight, coefficients.dtype)
-        terms.append(OutputTerm(own_outputs, found, coefficients, own_targets))
+            factor = tf.cast(entry.weight, term.coefficients.dtype)
+            term = dataclasses.replace(
+                term, coefficients=factor * term.coefficients
+            )
+        terms.append(term)
     return terms
 
 
@@ -95,21 +127,6 @@ def has_weight(terms: Sequence[OutputTerm]) -> tf.Tensor:
     """Returns whether any example of the batch counts."""
     totals = [tf.reduce_sum(term.coefficients) for term in terms]
     return tf.reduce_any([total > 0 for total in totals])
-
-
-def _find_head(loss: Any, head: Any, outputs: Any) -> Any:
-    if head is None:
-        return heads.from_loss(loss, tuple(outputs.shape))
-    # The reduction is the loss's own; what it reduces is one value per
-    # position, as for every head.
-    reduction = getattr(loss, "reduction", "sum_over_batch_size")
-    return heads.get(head), heads.LossWeight(reduction=reduction)
-
-
-def _head_of(head: Any, path: tuple[Any, ...]) -> Any:
-    if isinstance(head, (list, tuple, dict)):
-        return _resolve(path, head)
-    return head
 
 
 def _resolve(path: tuple[Any, ...], structure: Any) -> Any:

@@ -11,7 +11,11 @@ import tensorflow as tf
 
 from keras_natgrad import _compat
 from keras_natgrad.capture import CurvatureTape
-from keras_natgrad.training.terms import check_support, compiled_terms
+from keras_natgrad.training.terms import (
+    check_support,
+    compiled_choices,
+    compiled_terms,
+)
 
 
 def install(model: keras.Model) -> None:
@@ -73,9 +77,11 @@ def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
         y_pred, loss = total_loss()
         first = next(part for part in keras.tree.flatten(x) if part is not None)
         _compat.update_loss_tracker(model, loss, tf.shape(first)[0])
-        terms = compiled_terms(
-            model, y_pred, y, sample_weight, optimizer.attached_head()
+        choices = compiled_choices(
+            model, y_pred, optimizer.attached_head(), optimizer.uses_targets
         )
+        optimizer.receive_choices(choices)
+        terms = compiled_terms(model, choices, y_pred, y, sample_weight)
         check_support(terms)
         tape.observe(terms)
         tape.loss = loss

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from scipy.special import betaln, gammaln, iv, loggamma
+from scipy.special import betaln, erf, gammaln, iv, loggamma
 
 from keras_natgrad import heads
 
@@ -72,6 +72,26 @@ def logistic(y, loc, scale):
 
 def cauchy(y, loc, scale):
     return -np.log(np.pi * scale) - np.log(1 + ((y - loc) / scale) ** 2)
+
+
+def huber(y, loc, scale, delta=1.3):
+    z = (y - loc) / scale
+    z = np.where(z.real < 0, -z, z)
+    inside = z.real <= delta
+    loss = np.where(inside, 0.5 * z**2, delta * (z - 0.5 * delta))
+    middle = np.sqrt(2 * np.pi) * erf(delta / np.sqrt(2))
+    tails = 2 / delta * np.exp(-0.5 * delta**2)
+    return -loss - np.log(middle + tails) - np.log(scale)
+
+
+def hyperbolic_secant(y, loc, scale):
+    z = (y - loc) / scale
+    z = np.where(z.real < 0, -z, z)  # Symmetric; the far side overflows.
+    return np.log(2 / np.pi) - z - np.log(1 + np.exp(-2 * z)) - np.log(scale)
+
+
+def log1p_normal(y, loc, scale):
+    return log_normal(y + 1, np.log(1 + loc), scale)
 
 
 def gumbel(y, loc, scale):
@@ -183,6 +203,28 @@ def real_nodes(center):
     return np.concatenate([center - y, center + y]), np.concatenate([w, w])
 
 
+def huber_nodes(eta, delta=1.3):
+    """Gauss-Legendre between the two points where the density has a kink."""
+    center, scale = eta[0], softplus(eta[1])
+    x, w = np.polynomial.legendre.leggauss(60)
+    reach = scale * delta
+    y, tail = positive_nodes()
+    keep = (y > 1e-14) & (y < 1e140)
+    y, tail = y[keep], tail[keep]
+    return (
+        np.concatenate(
+            [center + reach * x, center + reach + y] + [center - reach - y]
+        ),
+        np.concatenate([reach * w, tail, tail]),
+    )
+
+
+def above_minus_one_nodes():
+    y, weights = positive_nodes()
+    keep = y > 1e-14
+    return y[keep] - 1, weights[keep]
+
+
 def unit_nodes():
     z = np.pi * np.sinh(T)
     z = z[np.abs(z) < 36]
@@ -229,6 +271,8 @@ class Density:
         """`E[s sᵀ]`, `[K, K]`."""
         if self.nodes is real_nodes:
             y, weights = self.nodes(eta[0])
+        elif self.nodes is huber_nodes:
+            y, weights = self.nodes(eta)
         else:
             y, weights = self.nodes()
         with np.errstate(all="ignore"):
@@ -350,6 +394,23 @@ def make_densities():
         binomial,
         ("sigmoid",),
         lambda: (np.arange(8.0), np.ones(8)),
+    )
+    add("huber", h.Huber(delta=1.3), huber, pair, huber_nodes)
+    add(
+        "hyperbolic_secant",
+        h.HyperbolicSecant(),
+        hyperbolic_secant,
+        pair,
+        real_nodes,
+    )
+    # At a negative location the Fisher in it is zero: tested by itself.
+    add(
+        "log1p_normal",
+        h.Log1pNormal(),
+        log1p_normal,
+        pair,
+        above_minus_one_nodes,
+        center=2.0,
     )
     return found
 

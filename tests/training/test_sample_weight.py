@@ -88,3 +88,28 @@ def test_a_batch_without_any_weight_changes_nothing(first):
     losses = [float(model.train_on_batch(x, y)) for _ in range(6)]
     assert np.all(np.isfinite(losses))
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("eager", [True, False])
+def test_an_ignored_class_is_absent(eager, column, float64):
+    """Labels that the loss ignores are none of the head's."""
+    x, y = data()
+    kept = np.arange(24) % 3 > 0
+    partial = np.where(kept, y, -1)
+    if column:
+        partial = partial[:, None]
+    found = []
+    for loss, rows, labels in (
+        (cross_entropy(ignore_class=-1), slice(None), partial),
+        (cross_entropy(), kept, y[kept]),
+    ):
+        optimizer = kng.KFAC(
+            learning_rate=0.1, momentum=0.0, damping=0.1, fisher="exact"
+        )
+        model = compiled(None, optimizer, loss, run_eagerly=eager)
+        for _ in range(3):
+            model.train_on_batch(x[rows], labels)
+        assert optimizer.statistics["skipped"] == 0
+        found.append(weights(model))
+    assert_close(*found, 1e-8, 1e-10)
