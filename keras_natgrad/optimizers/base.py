@@ -212,9 +212,13 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                 "_plan",
                 make_plan(self.attached_model(), variables, self._exclude),
             )
-            _warn_of_fallbacks(self._plan, variables)
+            self.warn_of_plan(self._plan, variables)
         self._hide("_curvature_built", True)
         self.build_curvature(self._plan, variables)
+
+    def warn_of_plan(self, plan: Plan, variables: Sequence[Any]) -> None:
+        """Warns of the variables that get a fallback block."""
+        _warn_of_fallbacks(plan, variables)
 
     def add_curvature_variable(
         self, name: str, shape: tuple[int, ...], initializer: str
@@ -403,5 +407,5 @@ def _warn_of_fallbacks(plan: Plan, variables: Sequence[Any]) -> None:
         "These variables have no captured linear map and get the fallback "
         f"block: {names}. Teach the optimizer their layers with "
         "`keras_natgrad.register_layer`.",
-        stacklevel=3,
+        stacklevel=4,
     )

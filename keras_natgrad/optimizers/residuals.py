@@ -92,6 +92,7 @@ def observe_residuals(
     with tf.GradientTape(persistent=True) as tape:
         groups = evaluate()
         loss = tf.add_n([group.loss() for group in groups])
+    _check_dtypes(loss, variables)
     gradients = tape.gradient(loss, tensors)
     if all(gradient is None for gradient in gradients):
         raise ValueError(
@@ -184,6 +185,17 @@ def _groups(
         ResidualGroup(value, float(weight))
         for value, weight in zip(values, weights, strict=True)
     ]
+
+
+def _check_dtypes(loss: tf.Tensor, variables: Sequence[Any]) -> None:
+    others = {variable.dtype for variable in variables} - {loss.dtype.name}
+    if others:
+        raise ValueError(
+            "Residuals and variables must have one precision; write e.g. "
+            "keras.config.set_floatx('float64') before building the model. "
+            f"Received: residuals of dtype {loss.dtype.name} and variables of "
+            f"dtype {sorted(others)}"
+        )
 
 
 def _check_rows(

@@ -77,9 +77,7 @@ def render_table(
     stream = io.StringIO()
     console = Console(file=stream, width=100)
     console.print(table)
-    for output, head, fisher in losses:
-        line = f"Fisher of {output}: {head}; {fisher}"
-        console.print(line, markup=False, soft_wrap=True)
+    _print_losses(console, losses)
     console.print(
         f"Parameters in captured layers: {covered:,} of {curvature.size:,} "
         f"({covered / curvature.size:.1%})"
@@ -89,7 +87,10 @@ def render_table(
 
 
 def render_solver(
-    layers: BlockDiagonal, variables: Sequence[Any], solver: Solver | None
+    layers: BlockDiagonal,
+    variables: Sequence[Any],
+    solver: Solver | None,
+    losses: Sequence[tuple[str, str, str]] = (),
 ) -> str:
     """Returns the layers of a whole-network optimizer as text.
 
@@ -97,6 +98,7 @@ def render_solver(
         layers: How the variables form matrices.
         variables: The optimizer's variables.
         solver: The solver, `None` where the first step will choose it.
+        losses: Output, head and how its Fisher is found, per loss.
     """
     table = Table(title="Layers of the exact Fisher")
     for column in ("Layer", "Shape", "Columns of A"):
@@ -115,11 +117,20 @@ def render_solver(
     stream = io.StringIO()
     console = Console(file=stream, width=100)
     console.print(table)
+    _print_losses(console, losses)
     chosen = "chosen at the first step"
     if solver is not None:
         chosen = f"{solver.kind} ({solver.describe()})"
     console.print(f"Parameters: {layers.size:,}. Solver: {chosen}")
     return stream.getvalue()
+
+
+def _print_losses(
+    console: Console, losses: Sequence[tuple[str, str, str]]
+) -> None:
+    for output, head, fisher in losses:
+        line = f"Fisher of {output}: {head}; {fisher}"
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _readable(size: float) -> str:

@@ -93,6 +93,10 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
         self._hide("_layers", layers)
 
     @override
+    def warn_of_plan(self, plan: Plan, variables: Sequence[Any]) -> None:
+        """Layers that are not captured are exact here too, only slower."""
+
+    @override
     def build(self, variables: Sequence[Any]) -> None:
         if self.built:
             return
@@ -132,7 +136,9 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
         if not self._curvature_built:
             self.build(self.attached_model().trainable_variables)
         variables = _compat.optimizer_variables(self)
-        text = render_solver(self._layers, variables, self.chosen_solver)
+        text = render_solver(
+            self._layers, variables, self.chosen_solver, self.loss_rows()
+        )
         (print_fn or print)(text)
 
     # -- One step --------------------------------------------------------
@@ -143,6 +149,11 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
         return self.line_search is not None or isinstance(
             self.damping, LevenbergMarquardt
         )
+
+    @override
+    @property
+    def uses_targets(self) -> bool:
+        return self.fisher == "empirical"
 
     @override
     def step_logs(self) -> dict[str, tf.Tensor]:

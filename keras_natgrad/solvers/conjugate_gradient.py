@@ -19,6 +19,7 @@ from keras_natgrad.solvers.factor import (
     System,
     add,
     inner,
+    rounding_of,
     scale,
 )
 
@@ -149,8 +150,10 @@ class ConjugateGradient(Solver):
             turn = tf.math.divide_no_nan(slope, now.slope)
             count = now.count + tf.cast(good, tf.int32)
             value = _quadratic(x, r, right)
-            # Rounding alone makes the quadratic rise: there is no more to gain.
-            fell = value <= now.history[now.count]
+            # Beyond rounding the quadratic rises in a singular system only,
+            # once there is no more to gain.
+            last = now.history[now.count]
+            fell = value <= last + rounding_of(value.dtype) * tf.abs(last)
             x = [
                 tf.where(fell, new, old)
                 for new, old in zip(x, now.solution, strict=True)
