@@ -168,6 +168,28 @@ def test_graph_with_a_dynamic_batch(rng, jit_compile):
     )
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_rules_of_single_operations_compile(rng, damping):
+    rows = tf.TensorSpec([None, 3], tf.float64)
+
+    @tf.function(input_signature=[rows] * 3, jit_compile=True)
+    def rules(a, b, n):
+        first, second = natural_chain.product(a, b, n, damping)
+        third = natural_chain.elementwise(a, n, damping)
+        return (
+            first,
+            second,
+            third,
+            natural_chain.right_inverse(a, n[:, 0], damping),
+        )
+
+    a, b, n = rng.normal(size=(3, 2, 3))
+    found = flat(rules(a, b, n))
+    expected = flat(rules.python_function(a, b, n))
+    tolerance = 1e-12 if damping else 1e-6
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
 # -- Composition ---------------------------------------------------------
 
 
