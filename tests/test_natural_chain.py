@@ -18,10 +18,9 @@ def homogeneous(inputs):
     return np.hstack([inputs, np.ones_like(inputs[:, :1])])
 
 
-def joint_jacobian(inputs, kernel):
+def joint_jacobian(inputs, kernel, units):
     """Of vec(Z) in (vec W̄, vec H), both row-major; of W̄ without a kernel."""
-    units = np.eye(inputs.shape[1] if kernel is None else kernel.shape[1])
-    weights = np.kron(inputs, units)
+    weights = np.kron(inputs, np.eye(units))
     if kernel is None:
         return weights
     return np.hstack([weights, np.kron(np.eye(len(inputs)), kernel.T)])
@@ -110,11 +109,7 @@ def test_dense_is_the_joint_pseudo_inverse(
     h, kernel, n = layer(rng, sizes, repeated)
     kernel = kernel if trained_inputs else None
     extended = homogeneous(h) if use_bias else h
-    jacobian = (
-        joint_jacobian(extended, kernel)
-        if trained_inputs
-        else np.kron(extended, np.eye(n.shape[1]))
-    )
+    jacobian = joint_jacobian(extended, kernel, n.shape[1])
     expected = np.linalg.pinv(jacobian, rcond=1e-10) @ n.ravel()
     found = natural_chain.dense(h, kernel, n, use_bias)
     assert (found.bias is None) == (not use_bias)
@@ -126,12 +121,10 @@ def test_dense_is_the_joint_pseudo_inverse(
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_damped_dense_is_the_joint_formula(rng, sizes, trained_inputs):
     h, kernel, n = layer(rng, sizes)
-    jacobian = np.kron(homogeneous(h), np.eye(n.shape[1]))
-    if trained_inputs:
-        jacobian = joint_jacobian(homogeneous(h), kernel)
+    kernel = kernel if trained_inputs else None
+    jacobian = joint_jacobian(homogeneous(h), kernel, n.shape[1])
     bend = jacobian @ jacobian.T + 0.3 * np.eye(n.size)
     expected = jacobian.T @ np.linalg.solve(bend, n.ravel())
-    kernel = kernel if trained_inputs else None
     found = natural_chain.dense(h, kernel, n, damping=0.3)
     np.testing.assert_allclose(flat(found), expected, **EXACT)
 
@@ -294,7 +287,7 @@ def test_bottleneck_makes_the_nearest_change_only(rng):
     made = hidden @ change.kernel + change.inputs @ kernels[1]
     missing = np.ravel(made - n)
     assert np.linalg.norm(missing) > 0.1 * np.linalg.norm(n)
-    jacobian = joint_jacobian(hidden, kernels[1])
+    jacobian = joint_jacobian(hidden, kernels[1], 2)
     np.testing.assert_allclose(jacobian.T @ missing, 0, **EXACT)
     # The network: not even least squares.
     jacobian = total_jacobian(kernels, x)
