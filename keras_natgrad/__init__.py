@@ -11,6 +11,7 @@ from keras_natgrad import (
     heads,
     losses,
     metrics,
+    natural_chain,
     solvers,
 )
 from keras_natgrad.blocks import register_block
@@ -34,6 +35,7 @@ __all__ = [
     "heads",
     "losses",
     "metrics",
+    "natural_chain",
     "register_block",
     "register_layer",
     "solvers",

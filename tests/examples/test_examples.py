@@ -89,6 +89,23 @@ def test_heteroscedastic_regression(tmp_path):
     assert_is_figure(path)
 
 
+def test_kl_distance(tmp_path):
+    path = tmp_path / "figure.png"
+    output = run("kl_distance.py", "--output", str(path))
+    assert [line.split() for line in output.splitlines()[1:3]] == [
+        ["2.0", "4.00", "2.83", "4.00"],
+        ["0.5", "4.00", "5.66", "16.00"],
+    ]
+    found = {
+        name: float(line.rsplit(maxsplit=1)[1])
+        for line in output.splitlines()
+        for name in ("Natural gradient", "SGD")
+        if line.startswith(name)
+    }
+    assert found["Natural gradient"] < 1e-6 < 1 < found["SGD"]
+    assert_is_figure(path)
+
+
 def test_count_regression():
     output = run("count_regression.py", "--epochs", "3")
     rows = [line.rsplit(maxsplit=3) for line in output.splitlines()[2:]]
@@ -120,6 +137,7 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
         "mnist_autoencoder.py",
         "heteroscedastic_regression.py",
         "count_regression.py",
+        "kl_distance.py",
     ],
 )
 def test_help_and_header(name):
