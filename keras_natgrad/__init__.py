@@ -19,6 +19,7 @@ from keras_natgrad.capture import CurvatureTape, register_layer
 from keras_natgrad.fisher import fisher
 from keras_natgrad.optimizers import KFAC, NaturalGradient
 from keras_natgrad.step import LevenbergMarquardt, LineSearch
+from keras_natgrad.training import ResidualModel
 from keras_natgrad.version import __version__
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "LevenbergMarquardt",
     "LineSearch",
     "NaturalGradient",
+    "ResidualModel",
     "__version__",
     "blocks",
     "callbacks",

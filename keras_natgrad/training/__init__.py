@@ -1,5 +1,6 @@
-"""The training step that `attach` gives to a model."""
+"""The training step that `attach` gives to a model; models of residuals."""
 
+from keras_natgrad.training.residual_model import ResidualModel
 from keras_natgrad.training.train_step import install
 
-__all__ = ["install"]
+__all__ = ["ResidualModel", "install"]

@@ -1,5 +1,6 @@
 """The examples, run as a user runs them, with tiny settings."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import tensorflow as tf
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +34,27 @@ def run(name, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def load(name, monkeypatch):
+    """Imports an example, which does not run it."""
+    path = ROOT / "examples" / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def table_rows(output):
+    """The cells of the rows of a table, without continued lines."""
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in output.splitlines()
+        if line.startswith("│")
+    ]
+    return [row for row in rows if row[1]]
 
 
 def assert_is_figure(path):
@@ -113,6 +136,143 @@ def test_count_regression():
     assert all(0 < float(cell) < 100 for row in rows for cell in row[2:])
 
 
+def test_pinn_poisson(tmp_path):
+    path = tmp_path / "new" / "figure.png"
+    output = run(
+        "pinn_poisson.py",
+        *("--seconds", "2", "--adam-learning-rates", "5e-3"),
+        *("--output", str(path)),
+    )
+    assert "257 parameters, 900 + 120 points" in output
+    assert "Error on 9000 points" in output
+    rows = {
+        row[0]: [float(cell.replace(",", "")) for cell in row[1:]]
+        for row in table_rows(output)
+    }
+    assert list(rows) == ["Natural gradient", "Adam, rate 0.005", "L-BFGS"]
+    for error, steps, seconds, rate in rows.values():
+        assert error < 1.0
+        assert seconds >= 2.0
+        np.testing.assert_allclose(rate, steps / seconds, rtol=0.05)
+    assert rows["Natural gradient"][0] < 1e-2
+    assert_is_figure(path)
+
+
+def test_pinn_poisson_with_points_drawn_anew(tmp_path):
+    path = tmp_path / "figure.png"
+    output = run(
+        "pinn_poisson.py",
+        *("--dimensions", "3", "--widths", "8", "8", "--seconds", "1"),
+        *("--adam-learning-rates", "--output", str(path)),
+    )
+    assert "113 parameters, 3000 + 500 points" in output
+    assert "Peak memory" in output and "MiB" in output
+    assert [row[0] for row in table_rows(output)] == ["Natural gradient"]
+    assert_is_figure(path)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3, 5])
+def test_pinn_poisson_problem(dimensions, monkeypatch):
+    """The exact solution solves the equation, on points where they belong."""
+    example = load("pinn_poisson.py", monkeypatch)
+    problem = example.Problem(dimensions, 50, 4 * dimensions, seed=0)
+
+    def exact(x):
+        return example.solution(x)[:, tf.newaxis]
+
+    for residual, x in zip(
+        problem.residuals(exact), problem.points(), strict=True
+    ):
+        np.testing.assert_allclose(residual(x), 0.0, atol=1e-11)
+    x, edge = problem.points()
+    # Δ(x₁ x₂ + x₂³) = 6 x₂.
+    np.testing.assert_allclose(
+        example.laplacian(
+            lambda x: (x[:, 0] * x[:, 1] + x[:, 1] ** 3)[:, tf.newaxis], x
+        ),
+        6.0 * x[:, 1],
+        rtol=1e-12,
+    )
+    on_face = (edge.numpy() == 0.0) | (edge.numpy() == 1.0)
+    np.testing.assert_array_equal(on_face.sum(axis=1), 1)
+    for side in (0.0, 1.0):
+        faces = (edge.numpy() == side).sum(axis=0)
+        np.testing.assert_array_equal(faces, 2)
+    assert np.all((x.numpy() > 0.0) & (x.numpy() < 1.0))
+    again = problem.points()[0].numpy()
+    assert np.array_equal(again, x.numpy()) == (dimensions == 2)
+
+
+def test_natural_gradient_cg():
+    output = run("natural_gradient_cg.py")
+    rows = table_rows(output)
+    assert [row[0] for row in rows] == [
+        "Adam",
+        "Adam on the gradient over its squared norm",
+        "Adam on the gradient with one sampled",
+        "Natural gradient, conjugate gradients",
+        "Natural gradient, default arguments",
+    ]
+    accuracy = [float(row[1]) for row in rows]
+    assert all(60.0 < value <= 100.0 for value in accuracy)
+    assert all(row[3] == "22" for row in rows)
+    # What the true Fisher gains, and what the rank-one operators do not.
+    assert accuracy[3] > max(accuracy[:3]) + 10.0
+    assert max(accuracy[:3]) - min(accuracy[:3]) < 5.0
+    assert "Post" not in output
+
+
+def test_natural_gradient_cg_on_a_file(tmp_path):
+    """A file in the layout of MNIST has the figures of the post beside it."""
+    generator = np.random.default_rng(0)
+    arrays = {
+        f"x_{part}": generator.integers(0, 256, (40, 28, 28)).astype("uint8")
+        for part in ("train", "test")
+    }
+    labels = {f"y_{part}": np.arange(40) % 10 for part in ("train", "test")}
+    np.savez(tmp_path / "images.npz", **arrays, **labels)
+    output = run(
+        "natural_gradient_cg.py",
+        *("--data", str(tmp_path / "images.npz")),
+        *("--batch-size", "20", "--epochs", "1"),
+    )
+    rows = table_rows(output)
+    assert [row[5:] for row in rows] == [
+        ["95.99", "53"],
+        ["96.25", "58"],
+        ["95.82", "75"],
+        ["", ""],
+        ["", ""],
+    ]
+    assert all(row[3] == "2" for row in rows)
+
+
+def test_directions_of_the_post(monkeypatch):
+    """They solve the post's systems, which are of rank one."""
+    example = load("natural_gradient_cg.py", monkeypatch)
+    generator = np.random.default_rng(0)
+    shapes = [(3, 2), (2,)]
+    gradient, sampled = (
+        [tf.constant(generator.normal(size=shape)) for shape in shapes]
+        for _ in range(2)
+    )
+
+    def flat(parts):
+        return np.concatenate([part.numpy().ravel() for part in parts])
+
+    g, s = flat(gradient), flat(sampled)
+    np.testing.assert_allclose(
+        flat(example.over_squared_norm(gradient, sampled)),
+        np.linalg.pinv(np.outer(g, g)) @ g,
+        rtol=1e-10,
+    )
+    np.testing.assert_allclose(
+        flat(example.deflated(gradient, sampled)),
+        np.linalg.solve(np.outer(s, s) + 1e-3 * np.eye(g.size), g),
+        rtol=1e-10,
+    )
+
+
 @pytest.mark.slow
 def test_mnist_autoencoder_on_a_file(tmp_path):
     """A file in the layout of MNIST, with the large network."""
@@ -138,6 +298,8 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
         "heteroscedastic_regression.py",
         "count_regression.py",
         "kl_distance.py",
+        "pinn_poisson.py",
+        "natural_gradient_cg.py",
     ],
 )
 def test_help_and_header(name):
