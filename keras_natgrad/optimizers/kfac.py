@@ -10,7 +10,12 @@ from typing_extensions import override
 from keras_natgrad.blocks import check_kind
 from keras_natgrad.curvature import FISHER_KINDS, BlockOptions
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
-from keras_natgrad.step import Refresh, StepLength, get_damping
+from keras_natgrad.step import (
+    Refresh,
+    StepLength,
+    get_damping,
+    get_line_search,
+)
 from keras_natgrad.step.damping import check_positive
 
 
@@ -30,7 +35,9 @@ class KFAC(PreconditionedOptimizer):
 
     Args:
         learning_rate: `"auto"` for α from the quadratic model, or a float, a
-            `keras.optimizers.schedules.LearningRateSchedule` or a callable.
+            `keras.optimizers.schedules.LearningRateSchedule`, a callable, or
+            a `keras_natgrad.LineSearch` that tries powers of two on the batch
+            (along the preconditioned gradient, before momentum is added).
             With `"auto"` the attribute `learning_rate` is 1.0 and multiplies
             α, so that callbacks may lower it. Defaults to `"auto"`.
         momentum: `"auto"` for μ from the quadratic model, or a float in
@@ -128,12 +135,15 @@ class KFAC(PreconditionedOptimizer):
         automatic = isinstance(learning_rate, str)
         if automatic and learning_rate != "auto":
             raise ValueError(
-                "`learning_rate` must be 'auto', a float, a schedule or a "
-                f"callable. Received: learning_rate={learning_rate!r}"
+                "`learning_rate` must be 'auto', a float, a schedule, a "
+                "callable or a keras_natgrad.LineSearch. "
+                f"Received: learning_rate={learning_rate!r}"
             )
+        search = get_line_search(learning_rate)
         super().__init__(
-            1.0 if automatic else learning_rate, name=name, **kwargs
+            1.0 if automatic or search else learning_rate, name=name, **kwargs
         )
+        self._hide("line_search", search)
         self._hide("length", StepLength(automatic, _momentum(momentum)))
         self._hide("damping", get_damping(damping))
         if fisher not in FISHER_KINDS:
@@ -182,6 +192,10 @@ class KFAC(PreconditionedOptimizer):
         config = super().get_config()
         if self.length.automatic_rate:
             config["learning_rate"] = "auto"
+        if self.line_search is not None:
+            config["learning_rate"] = keras.saving.serialize_keras_object(
+                self.line_search
+            )
         momentum = self.length.momentum
         damping = self.damping
         if not isinstance(damping, float):

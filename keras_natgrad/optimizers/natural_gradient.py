@@ -15,7 +15,11 @@ from keras_natgrad.optimizers.residuals import observe_residuals
 from keras_natgrad.optimizers.whole_network import WholeNetworkOptimizer
 from keras_natgrad.solvers import ConjugateGradient
 from keras_natgrad.solvers import get as get_solver
-from keras_natgrad.step import LevenbergMarquardt, LineSearch, get_damping
+from keras_natgrad.step import (
+    LevenbergMarquardt,
+    get_damping,
+    get_line_search,
+)
 from keras_natgrad.step.damping import check_positive
 
 
@@ -98,7 +102,7 @@ class NaturalGradient(WholeNetworkOptimizer):
         name: str = "natural_gradient",
         **kwargs: Any,
     ) -> None:
-        search = _line_search(learning_rate)
+        search = get_line_search(learning_rate)
         super().__init__(1.0 if search else learning_rate, name=name, **kwargs)
         self._hide("line_search", search)
         if damping == "auto":
@@ -215,9 +219,3 @@ class NaturalGradient(WholeNetworkOptimizer):
             seed=self.seed,
         )
         return config
-
-
-def _line_search(learning_rate: Any) -> LineSearch | None:
-    if isinstance(learning_rate, dict):
-        learning_rate = keras.saving.deserialize_keras_object(learning_rate)
-    return learning_rate if isinstance(learning_rate, LineSearch) else None

@@ -18,14 +18,17 @@ from keras_natgrad.curvature import (
     fisher_gram,
     random_cotangents,
 )
-from keras_natgrad.optimizers.base import CurvatureOptimizer, Observation
+from keras_natgrad.optimizers.base import Observation
+from keras_natgrad.optimizers.retraction import RetractingOptimizer
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.optimizers.summary import render_table
 from keras_natgrad.step import (
     Damping,
     LevenbergMarquardt,
+    LineSearch,
     Refresh,
     StepLength,
+    TrialStep,
     is_multiple,
     norm_scale,
     quadratic_coefficients,
@@ -38,14 +41,11 @@ from keras_natgrad.step.directions import (
     pad_pair,
     ridge_gram,
 )
-from keras_natgrad.step.guard import loss_before
 from keras_natgrad.step.length import model_change, quadratic_form
 from keras_natgrad.step.update import apply_update
 
 # Examples of a batch that the estimated quadratic model looks at.
 _MODEL_EXAMPLES = 256
-# Factor of the damping after a step that made the loss surge.
-_RETRACTION = 10.0
 
 
 class SolvedModel(NamedTuple):
@@ -60,7 +60,7 @@ class SolvedModel(NamedTuple):
     fisher_share: tf.Tensor
 
 
-class PreconditionedOptimizer(CurvatureOptimizer):
+class PreconditionedOptimizer(RetractingOptimizer):
     """Base class of optimizers with one Fisher block per layer.
 
     A subclass sets the settings below in its constructor; what happens in a
@@ -75,10 +75,10 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         block_options: `BlockOptions`.
         quadratic_model: `"exact"` or `"estimated"`.
         norm_constraint: Largest `δᵀFδ`, or `None`.
+        line_search: `LineSearch` for α, or `None`.
         log_statistics: Whether `fit` logs the statistics.
         seed: Seed of the random cotangents.
         curvature: `BlockDiagonal`, once built.
-        state: `StepState`, once built.
     """
 
     fisher: str
@@ -89,10 +89,10 @@ class PreconditionedOptimizer(CurvatureOptimizer):
     block_options: BlockOptions
     quadratic_model: str
     norm_constraint: float | None
+    line_search: LineSearch | None
     log_statistics: bool
     seed: int
     curvature: BlockDiagonal
-    state: StepState
 
     # -- State -----------------------------------------------------------
 
@@ -157,7 +157,9 @@ class PreconditionedOptimizer(CurvatureOptimizer):
     @override
     @property
     def needs_objective(self) -> bool:
-        return isinstance(self.damping, LevenbergMarquardt)
+        return self.line_search is not None or isinstance(
+            self.damping, LevenbergMarquardt
+        )
 
     @override
     def step_logs(self) -> dict[str, tf.Tensor]:
@@ -218,6 +220,8 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         self._refresh_if(forced)
         matrices = self.curvature.to_matrices(gradients)
         solved = self.curvature.precondition(matrices)
+        if self.line_search is not None:
+            rate *= self._search(observation, solved)
         if self._needs_gram:
             coefficients, model = self._solve_model(
                 observation, matrices, solved, rate
@@ -235,6 +239,24 @@ class PreconditionedOptimizer(CurvatureOptimizer):
         # An inverse that knows the batch it is applied to fits its noise: the
         # statistics of this batch serve the next ones.
         self._refresh_if(due & ~forced)
+
+    def _search(
+        self, observation: Observation, solved: Sequence[tf.Tensor]
+    ) -> tf.Tensor:
+        """Returns the best learning rate along −P∇ on the batch."""
+        dtype = solved[0].dtype
+        objective = observation.tape.objective
+        if self.line_search is None or objective is None:
+            return tf.ones([], dtype)
+        trial = TrialStep(
+            _compat.optimizer_variables(self),
+            self.curvature.from_matrices(solved),
+            objective,
+        )
+        loss = tf.cast(observation.tape.loss, dtype)
+        rate, _ = self.line_search.search(trial.evaluate, loss)
+        trial.take_back(tf.constant(True))
+        return rate
 
     def _solve_model(
         self,
@@ -287,56 +309,6 @@ class PreconditionedOptimizer(CurvatureOptimizer):
             apply_update(
                 variable, velocity, direction, coefficients[0], coefficients[1]
             )
-
-    @override
-    def has_surged(self, observation: Observation) -> tf.Tensor:
-        if not self._guarded:
-            return tf.constant(False)
-        guard, loss = self.state.guard, observation.tape.loss
-        surge = guard.is_surge(loss) & observation.usable
-        objective = observation.tape.objective
-        if objective is not None:
-            surge = tf.cond(
-                surge,
-                lambda: guard.is_blamed(
-                    loss,
-                    loss_before(
-                        objective,
-                        _compat.optimizer_variables(self),
-                        self._velocities,
-                    ),
-                ),
-                lambda: tf.constant(False),
-            )
-        # One batch that is not finite has bad data; a second one in a row
-        # says that the weights are bad.
-        again = ~observation.usable & self.state.skipped_last()
-        return surge | again
-
-    @override
-    def skip_step(self, observation: Observation) -> None:
-        self.state.note_skip(observation.surged)
-        if not self._guarded:
-            return
-
-        def retract() -> tf.Tensor:
-            variables = _compat.optimizer_variables(self)
-            for variable, velocity in zip(
-                variables, self._velocities, strict=True
-            ):
-                step = tf.convert_to_tensor(velocity)
-                variable.value.assign_sub(tf.cast(step, variable.dtype))
-                velocity.assign(tf.zeros_like(step))
-            self.state.damping.assign(_RETRACTION * self.state.damping.value)
-            self.state.refresh_at.assign(0)
-            return tf.constant(0)
-
-        tf.cond(observation.surged, retract, lambda: tf.constant(0))
-
-    @property
-    def _guarded(self) -> bool:
-        """Whether a bad step is taken back: with an adaptive damping only."""
-        return self.needs_objective and bool(self._velocities)
 
     def _set_damping(self) -> None:
         """Starts the damping, or looks it up in its schedule."""

@@ -4,6 +4,7 @@ from keras_natgrad.step.damping import Damping, LevenbergMarquardt
 from keras_natgrad.step.damping import get as get_damping
 from keras_natgrad.step.length import StepLength, quadratic_coefficients
 from keras_natgrad.step.line_search import LineSearch
+from keras_natgrad.step.line_search import get as get_line_search
 from keras_natgrad.step.refresh import Refresh, is_multiple
 from keras_natgrad.step.trial import TrialStep
 from keras_natgrad.step.trust_region import norm_scale
@@ -16,6 +17,7 @@ __all__ = [
     "StepLength",
     "TrialStep",
     "get_damping",
+    "get_line_search",
     "is_multiple",
     "norm_scale",
     "quadratic_coefficients",

@@ -89,3 +89,10 @@ class LineSearch:
     def from_config(cls, config: dict[str, Any]) -> LineSearch:
         """Recreates the rule from `get_config`."""
         return cls(**config)
+
+
+def get(identifier: Any) -> LineSearch | None:
+    """Returns a `LineSearch` from itself or its config, else `None`."""
+    if isinstance(identifier, dict):
+        identifier = keras.saving.deserialize_keras_object(identifier)
+    return identifier if isinstance(identifier, LineSearch) else None

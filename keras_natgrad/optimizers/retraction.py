@@ -1,0 +1,81 @@
+"""Optimizers that take back a step after which the loss surges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+from typing_extensions import override
+
+from keras_natgrad import _compat
+from keras_natgrad.optimizers.base import CurvatureOptimizer, Observation
+from keras_natgrad.optimizers.state import StepState
+from keras_natgrad.step import Damping, LevenbergMarquardt
+from keras_natgrad.step.guard import loss_before
+
+# Factor of the damping after a step that made the loss surge.
+_RETRACTION = 10.0
+
+
+class RetractingOptimizer(CurvatureOptimizer):
+    """Base class of optimizers with the guard of `step.guard`.
+
+    Attributes:
+        damping: `Damping`; the guard works with an adaptive one only.
+        state: `StepState`, once built.
+    """
+
+    damping: Damping
+    state: StepState
+    _velocities: list[Any]
+
+    @override
+    def has_surged(self, observation: Observation) -> tf.Tensor:
+        if not self._guarded:
+            return tf.constant(False)
+        guard, loss = self.state.guard, observation.tape.loss
+        surge = guard.is_surge(loss) & observation.usable
+        objective = observation.tape.objective
+        if objective is not None:
+            surge = tf.cond(
+                surge,
+                lambda: guard.is_blamed(
+                    loss,
+                    loss_before(
+                        objective,
+                        _compat.optimizer_variables(self),
+                        self._velocities,
+                    ),
+                ),
+                lambda: tf.constant(False),
+            )
+        # One batch that is not finite has bad data; a second one in a row
+        # says that the weights are bad.
+        again = ~observation.usable & self.state.skipped_last()
+        return surge | again
+
+    @override
+    def skip_step(self, observation: Observation) -> None:
+        self.state.note_skip(observation.surged)
+        if not self._guarded:
+            return
+
+        def retract() -> tf.Tensor:
+            variables = _compat.optimizer_variables(self)
+            for variable, velocity in zip(
+                variables, self._velocities, strict=True
+            ):
+                step = tf.convert_to_tensor(velocity)
+                variable.value.assign_sub(tf.cast(step, variable.dtype))
+                velocity.assign(tf.zeros_like(step))
+            self.state.damping.assign(_RETRACTION * self.state.damping.value)
+            self.state.refresh_at.assign(0)
+            return tf.constant(0)
+
+        tf.cond(observation.surged, retract, lambda: tf.constant(0))
+
+    @property
+    def _guarded(self) -> bool:
+        """Whether a bad step is taken back: with an adaptive damping only."""
+        adaptive = isinstance(self.damping, LevenbergMarquardt)
+        return adaptive and bool(self._velocities)
