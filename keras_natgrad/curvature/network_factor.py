@@ -44,6 +44,9 @@ class NetworkFactor(FisherFactor):
         columns: `Columns` of its outputs: which L.
         loss: The loss of the batch, for the residual.
         max_elements: Bound on the elements of a temporary of the kernel.
+
+    Attributes:
+        captured: The forward pass.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class NetworkFactor(FisherFactor):
         loss: tf.Tensor,
         max_elements: int,
     ) -> None:
-        self._pass = captured
+        self.captured = captured
         self._entries: list[Entry] = [*captured.captured, *captured.fallbacks]
         self._columns = columns
         self._max_elements = max_elements
@@ -80,9 +83,9 @@ class NetworkFactor(FisherFactor):
 
     @override
     def product(self, vector: tf.Tensor) -> list[tf.Tensor]:
-        gradients = self._pass.tape.gradient(
-            [term.outputs for term in self._pass.terms],
-            self._pass.variables,
+        gradients = self.captured.tape.gradient(
+            [term.outputs for term in self.captured.terms],
+            self.captured.variables,
             output_gradients=self._columns.cotangents(vector),
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
@@ -91,9 +94,9 @@ class NetworkFactor(FisherFactor):
     @override
     def transpose_product(self, direction: Direction) -> tf.Tensor:
         tangents = jacobian_vector_products(
-            self._pass.tape,
-            self._pass.terms,
-            self._pass.variables,
+            self.captured.tape,
+            self.captured.terms,
+            self.captured.variables,
             self.to_tensors(direction),
         )
         return self._columns.project(tangents)
@@ -102,9 +105,11 @@ class NetworkFactor(FisherFactor):
     def gram(self) -> tf.Tensor:
         parts = [
             self._layer_gram(a, g)
-            for a, g in zip(self._pass.inputs, self._cotangents(), strict=True)
+            for a, g in zip(
+                self.captured.inputs, self._cotangents(), strict=True
+            )
         ]
-        for entry in self._pass.fallbacks:
+        for entry in self.captured.fallbacks:
             rows = self._jacobian(entry)
             parts.append(tf.matmul(rows, rows, transpose_b=True))
         gram = tf.add_n(parts)
@@ -113,11 +118,11 @@ class NetworkFactor(FisherFactor):
     @override
     def matrix(self) -> tf.Tensor:
         rows = []
-        for a, g in zip(self._pass.inputs, self._cotangents(), strict=True):
+        for a, g in zip(self.captured.inputs, self._cotangents(), strict=True):
             product = tf.einsum("isn,iqsm->nmiq", a, g)
             size = a.shape[-1] * g.shape[-1]
             rows.append(tf.reshape(product, [size, tf.size(self._residual)]))
-        for entry in self._pass.fallbacks:
+        for entry in self.captured.fallbacks:
             rows.append(tf.transpose(self._jacobian(entry)))
         return tf.concat(rows, axis=0)
 
@@ -127,7 +132,7 @@ class NetworkFactor(FisherFactor):
 
     @override
     def to_tensors(self, direction: Direction) -> list[tf.Tensor]:
-        tensors: list[Any] = [None] * len(self._pass.variables)
+        tensors: list[Any] = [None] * len(self.captured.variables)
         for entry, matrix in zip(self._entries, direction, strict=True):
             parts = entry.from_matrix(matrix)
             for index, part in zip(entry.variables, parts, strict=True):
@@ -151,13 +156,13 @@ class NetworkFactor(FisherFactor):
             unit = tf.one_hot(column, count, dtype=self._residual.dtype)
             units = tf.tile(unit, [self._columns.batch])
             sent = self._columns.cotangents(units)
-            return self._pass.backward(sent).cotangents
+            return self.captured.backward(sent).cotangents
 
         if isinstance(count, int) and count <= _UNROLLED:
             columns = [backward(tf.constant(q)) for q in range(count)]
             stacked = [tf.stack(layer) for layer in zip(*columns, strict=True)]
         else:
-            dtypes = [a.dtype for a in self._pass.inputs]
+            dtypes = [a.dtype for a in self.captured.inputs]
             stacked = tf.map_fn(
                 backward, tf.range(count), fn_output_signature=dtypes
             )
@@ -167,7 +172,10 @@ class NetworkFactor(FisherFactor):
                 [a.shape[0], None, a.shape[1], entry.block.shape.columns],
             )
             for each, a, entry in zip(
-                stacked, self._pass.inputs, self._pass.captured, strict=True
+                stacked,
+                self.captured.inputs,
+                self.captured.captured,
+                strict=True,
             )
         ]
 
@@ -196,11 +204,11 @@ class NetworkFactor(FisherFactor):
 
     def _jacobian(self, entry: Entry) -> tf.Tensor:
         """Returns the rows of Aᵀ for a fallback entry, `[columns, size]`."""
-        variable = self._pass.variables[entry.variables[0]]
+        variable = self.captured.variables[entry.variables[0]]
         size = math.prod(variable.shape)
         tangents = []
-        for term in self._pass.terms:
-            jacobian = self._pass.tape.jacobian(
+        for term in self.captured.terms:
+            jacobian = self.captured.tape.jacobian(
                 term.outputs,
                 variable,
                 unconnected_gradients=tf.UnconnectedGradients.ZERO,

@@ -34,6 +34,7 @@ from keras_natgrad.step import (
     Damping,
     LevenbergMarquardt,
     LineSearch,
+    Refresh,
     TrialStep,
     is_multiple,
     norm_scale,
@@ -41,6 +42,9 @@ from keras_natgrad.step import (
 
 # Damping after a step that was taken back, over that before.
 _REJECTION = 4.0
+# Of the running averages of a preconditioner, and when it is inverted.
+_DECAY = 0.95
+_REFRESH = Refresh(1, 20, growth=0.15)
 
 
 class WholeNetworkOptimizer(CurvatureOptimizer):
@@ -79,17 +83,24 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
     @override
     def build_curvature(self, plan: Plan, variables: list[Any]) -> None:
         shapes = [tuple(variable.shape) for variable in variables]
-        layers = BlockDiagonal(
-            plan, shapes, BlockOptions(block="identity", fallback="first_order")
-        )
+        kind = _preconditioner(self.solver)
         dtype = self.curvature_dtype
 
-        def add_shape(name: str, shape: tuple[int, ...], init: str) -> Any:
+        def add_shape(
+            name: str, shape: tuple[int, ...], initializer: str
+        ) -> Any:
+            return keras.Variable(initializer, shape, dtype, False, name=name)
+
+        if kind == "none":
             # The blocks only say how variables form matrices; nothing of them
             # is state.
-            return keras.Variable(init, shape, dtype, False, name=name)
-
-        layers.build([str(i) for i in range(len(variables))], add_shape)
+            options = BlockOptions(block="identity", fallback="first_order")
+            add = add_shape
+        else:
+            options = BlockOptions(block=kind)
+            add = self.add_curvature_variable
+        layers = BlockDiagonal(plan, shapes, options)
+        layers.build([str(i) for i in range(len(variables))], add)
         self._hide("_layers", layers)
 
     @override
@@ -264,7 +275,43 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
         start = None
         if self._previous and not self.momentum:
             start = factor.from_tensors([v.value for v in self._previous])
-        return solver.solve(factor, system, start=start)
+        inverse = None
+        if _preconditioner(solver) != "none":
+            self._update_preconditioner(factor, system.damping)
+            inverse = self._layers.precondition
+        return solver.solve(factor, system, start=start, preconditioner=inverse)
+
+    def _update_preconditioner(
+        self, factor: FisherFactor, damping: tf.Tensor
+    ) -> None:
+        """Renews the blocks: averages at every step, inverses when due."""
+        if not isinstance(factor, NetworkFactor):
+            raise ValueError(
+                "A preconditioner needs the layers of a network; residuals "
+                "have none. Use ConjugateGradient(preconditioner='none'). "
+                f"Received: solver={self.solver!r}"
+            )
+        step = tf.cast(self.iterations, tf.int32)
+        seed = tf.stack([tf.constant(self.seed, tf.int32), step])
+        statistics = self._layers.statistics(
+            factor.captured, "propagated", seed
+        )
+        self._layers.accumulate(statistics, _DECAY)
+
+        def refresh() -> tf.Tensor:
+            retries, failures = self._layers.refresh(
+                damping, [0.0] * len(_compat.optimizer_variables(self))
+            )
+            self.state.increment(
+                refreshes=1, retries=retries, failures=failures
+            )
+            self.state.refresh_at.assign(
+                _REFRESH.next_due(step, _REFRESH.inverse_period)
+            )
+            return tf.constant(0)
+
+        due = _REFRESH.is_due(step, self.state.refresh_at.value)
+        tf.cond(due, refresh, lambda: tf.constant(0))
 
     def _move(
         self,
@@ -343,3 +390,9 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
 
     def _damping_like(self, tensor: tf.Tensor) -> tf.Tensor:
         return tf.cast(self.state.damping.value, tensor.dtype)
+
+
+def _preconditioner(solver: Solver | None) -> str:
+    if isinstance(solver, ConjugateGradient):
+        return solver.preconditioner
+    return "none"

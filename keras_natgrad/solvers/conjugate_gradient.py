@@ -23,6 +23,9 @@ from keras_natgrad.solvers.factor import (
     scale,
 )
 
+#: The preconditioners, by the name of their blocks.
+PRECONDITIONERS = ("none", "diagonal", "kronecker")
+
 Preconditioner = Callable[[Direction], list[tf.Tensor]]
 
 
@@ -47,6 +50,9 @@ class ConjugateGradient(Solver):
         tolerance: See above; 0 runs to `max_iterations`, or to a residual of
             zero.
         warm_start: Share of the previous solution to start from, in [0, 1].
+        preconditioner: Block whose damped inverse, one per layer, stands in
+            for `(F + λI)⁻¹`: `"none"`, `"diagonal"` or `"kronecker"` (K-FAC).
+            The optimizer keeps running averages for it.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -58,6 +64,7 @@ class ConjugateGradient(Solver):
     max_iterations: int = 50
     tolerance: float = 5e-4
     warm_start: float = 0.95
+    preconditioner: str = "none"
     kind = "cg"
 
     def __post_init__(self) -> None:
@@ -76,6 +83,11 @@ class ConjugateGradient(Solver):
             raise ValueError(
                 "`warm_start` must be in [0, 1]. "
                 f"Received: warm_start={self.warm_start!r}"
+            )
+        if self.preconditioner not in PRECONDITIONERS:
+            raise ValueError(
+                f"`preconditioner` must be one of {PRECONDITIONERS}. "
+                f"Received: preconditioner={self.preconditioner!r}"
             )
 
     @override
@@ -198,7 +210,10 @@ class ConjugateGradient(Solver):
 
     @override
     def describe(self) -> str:
-        return f"conjugate gradients, at most {self.max_iterations} products"
+        text = f"conjugate gradients, at most {self.max_iterations} products"
+        if self.preconditioner == "none":
+            return text
+        return f"{text}, {self.preconditioner} preconditioner"
 
 
 class _Iterate(NamedTuple):

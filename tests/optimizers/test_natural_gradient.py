@@ -254,3 +254,37 @@ def test_empirical_fisher_needs_targets():
 def test_bad_arguments(kwargs, name):
     with pytest.raises(ValueError, match=f"{name}="):
         kng.NaturalGradient(**kwargs)
+
+
+@pytest.mark.parametrize("kind", ["none", "diagonal", "kronecker"])
+def test_preconditioned_conjugate_gradients_reach_the_solution(kind, float64):
+    solver = kng.solvers.ConjugateGradient(400, 0.0, 0.0, kind)
+    kwargs = {"learning_rate": 0.1, "damping": 0.01}
+    dual = train("categorical", 3, solver="kernel", **kwargs)
+    found = train("categorical", 3, solver=solver, **kwargs)
+    assert_close(found, dual, 1e-7, 1e-9)
+
+
+def test_kronecker_preconditioner_saves_iterations(float64):
+    """On a badly scaled problem, few iterations already go further."""
+    losses = {}
+    for kind in ("none", "kronecker"):
+        model, loss, x, y = problem("normal")
+        solver = kng.solvers.ConjugateGradient(4, 0.0, 0.0, kind)
+        optimizer = kng.NaturalGradient(0.5, 1e-3, solver).attach(model)
+        model.compile(optimizer, loss)
+        scaled = x * np.array([0.03, 1.0, 30.0])
+        for _ in range(30):
+            model.train_on_batch(scaled, y)
+        losses[kind] = model.evaluate(scaled, y, verbose=0)
+    assert losses["kronecker"] < 0.9 * losses["none"]
+
+
+def test_residuals_have_no_preconditioner():
+    model = mlp()
+    solver = kng.solvers.ConjugateGradient(preconditioner="diagonal")
+    optimizer = kng.NaturalGradient(solver=solver)
+    with pytest.raises(ValueError, match="preconditioner='none'"):
+        optimizer.minimize_residuals(
+            lambda: model(np.ones([2, 4])), model.trainable_variables
+        )

@@ -223,6 +223,7 @@ class TestConjugateGradient:
             ({"max_iterations": 2.5}, "max_iterations"),
             ({"tolerance": -1.0}, "tolerance"),
             ({"warm_start": 1.5}, "warm_start"),
+            ({"preconditioner": "full"}, "preconditioner"),
         ],
     )
     def test_bad_arguments(self, kwargs, name):
