@@ -157,8 +157,22 @@ class BlockDiagonal:
     # -- Curvature -------------------------------------------------------
 
     def mean_eigenvalue(self) -> tf.Tensor:
-        """Returns the trace of the Fisher over the number of parameters."""
-        return tf.add_n([e.block.trace() for e in self.entries]) / self.size
+        """Returns a typical eigenvalue of the Fisher, the scale of damping.
+
+        It is the harmonic mean, over all parameters, of their blocks' mean
+        eigenvalues. An arithmetic mean would be that of the steepest layer
+        alone (the last one, where the targets have a small unit), and a
+        damping of its size would hold all others still. Layers that the loss
+        does not reach have no say.
+        """
+        total = tf.zeros([], self.entries[0].block.dtype)
+        reached = tf.zeros_like(total)
+        for entry in self.entries:
+            size = entry.block.shape.size
+            mean = entry.block.trace() / size
+            total += tf.math.divide_no_nan(tf.cast(size, mean.dtype), mean)
+            reached += tf.where(mean > 0, tf.cast(size, mean.dtype), 0)
+        return tf.math.divide_no_nan(reached, total)
 
     def refresh(
         self, damping: tf.Tensor, ridge: Sequence[float]
