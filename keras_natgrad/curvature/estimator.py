@@ -165,14 +165,12 @@ class BlockDiagonal:
         damping of its size would hold all others still. Layers that the loss
         does not reach have no say.
         """
-        total = tf.zeros([], self.entries[0].block.dtype)
-        reached = tf.zeros_like(total)
-        for entry in self.entries:
-            size = entry.block.shape.size
-            mean = entry.block.trace() / size
-            total += tf.math.divide_no_nan(tf.cast(size, mean.dtype), mean)
-            reached += tf.where(mean > 0, tf.cast(size, mean.dtype), 0)
-        return tf.math.divide_no_nan(reached, total)
+        sizes = [entry.block.shape.size for entry in self.entries]
+        means = [
+            entry.block.trace() / size
+            for entry, size in zip(self.entries, sizes, strict=True)
+        ]
+        return _harmonic_mean(means, sizes, [mean > 0 for mean in means])
 
     def refresh(
         self, damping: tf.Tensor, ridge: Sequence[float]
@@ -200,29 +198,22 @@ class BlockDiagonal:
     def _global_ratio(self) -> tf.Tensor | None:
         """Returns one π for all Kronecker products of the network.
 
-        It compares the mean eigenvalues over all input and all output
-        factors: `π = k √(Σ tr A / Σ n) / √(Σ tr G / Σ m)`. With a π of its own
-        every layer is damped alike; with a common one, layers whose
-        cotangents are small are damped more. The constant k was measured.
+        It compares the mean eigenvalues of all input and all output factors,
+        `π = k √(ā / ḡ)`, where ā and ḡ are harmonic means over the features, so
+        that one steep layer does not speak for all. With a π of its own every
+        layer is damped alike; with a common one, layers whose cotangents are
+        small are damped more. The constant k was measured.
         """
         scales = [entry.block.factor_scales() for entry in self.entries]
         found = [scale for scale in scales if scale is not None]
         if not found:
             return None
         # Layers that the loss does not reach have no say.
-        reached = [
-            tf.cast(scale.output_trace > 0, scale.output_trace.dtype)
-            for scale in found
-        ]
+        reached = [scale.output_trace > 0 for scale in found]
 
         def mean(traces: list[tf.Tensor], sizes: list[int]) -> tf.Tensor:
-            total = tf.add_n(
-                [r * t for r, t in zip(reached, traces, strict=True)]
-            )
-            size = tf.add_n(
-                [r * n for r, n in zip(reached, sizes, strict=True)]
-            )
-            return tf.math.divide_no_nan(total, size)
+            means = [t / n for t, n in zip(traces, sizes, strict=True)]
+            return _harmonic_mean(means, sizes, reached)
 
         return _GLOBAL_RATIO * trace_norm_ratio(
             mean([s.input_trace for s in found], [s.input_size for s in found]),
@@ -250,6 +241,23 @@ class BlockDiagonal:
             for index, part in zip(entry.variables, parts, strict=True):
                 tensors[index] = part
         return tensors
+
+
+def _harmonic_mean(
+    means: Sequence[tf.Tensor],
+    sizes: Sequence[int],
+    used: Sequence[tf.Tensor],
+) -> tf.Tensor:
+    """Returns `Σ n / Σ (n / mean)` over the entries that are used."""
+    counts = [
+        tf.where(use, tf.constant(size, mean.dtype), 0)
+        for use, size, mean in zip(used, sizes, means, strict=True)
+    ]
+    inverse = [
+        tf.math.divide_no_nan(count, mean)
+        for count, mean in zip(counts, means, strict=True)
+    ]
+    return tf.math.divide_no_nan(tf.add_n(counts), tf.add_n(inverse))
 
 
 def _prefixed(add_variable: VariableFactory, prefix: str) -> VariableFactory:

@@ -33,13 +33,13 @@ class LevenbergMarquardt:
 
     Args:
         initial: Damping of the first step, or `"auto"`: `relative` times
-            the mean eigenvalue of the Fisher on the first batch, which does
+            a typical eigenvalue of the Fisher on the first batch, which does
             not depend on the scale of the loss.
         decay: Factor per adaptation, in (0, 1).
         period: Steps between adaptations.
         relative: See `initial`.
-        minimum: Smallest damping, relative to the mean eigenvalue.
-        maximum: Largest damping, relative to the mean eigenvalue.
+        minimum: Smallest damping, relative to that eigenvalue.
+        maximum: Largest damping, relative to that eigenvalue.
         inverse_ratio: Damping of the inverses relative to that of the
             quadratic model. The model couples the layers, which the inverses
             do not, so that they need less.

@@ -5,6 +5,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
+import scipy.stats
 import tensorflow as tf
 
 from keras_natgrad.curvature import BlockOptions
@@ -221,10 +222,11 @@ def test_unused_layer_has_zero_curvature(name, record):
 def test_mean_eigenvalue(record):
     recorded = record(mlp([3, 4, 2]), inputs(5, 3), ["categorical"])
     blocks = recorded.update("exact")
-    total = sum(np.trace(block.to_dense()) for block in blocks)
+    means = [np.trace(b.to_dense()) / b.shape.size for b in blocks]
+    sizes = [block.shape.size for block in blocks]
     np.testing.assert_allclose(
         recorded.curvature.mean_eigenvalue(),
-        total / recorded.curvature.size,
+        scipy.stats.hmean(means, weights=sizes),
         rtol=1e-12,
     )
     assert recorded.curvature.size == 4 * 4 + 5 * 2
@@ -303,9 +305,16 @@ def assert_split(factors, inverses, ratio, damping):
 
 
 def global_ratio(pairs):
-    """`0.2 √(Σ tr A / Σ n) / √(Σ tr G / Σ m)`; the 0.2 was measured."""
+    """`0.2 √(ā / ḡ)` with harmonic means; the 0.2 was measured.
+
+    ā is the mean over all input features of the mean eigenvalue of their
+    factor, ḡ that over all output features.
+    """
     left, right = (
-        sum(np.trace(factor) for factor in side) / sum(map(len, side))
+        scipy.stats.hmean(
+            [np.trace(factor) / len(factor) for factor in side],
+            weights=[len(factor) for factor in side],
+        )
         for side in zip(*pairs, strict=True)
     )
     return 0.2 * np.sqrt(left / right)

@@ -146,7 +146,7 @@ class Average:
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    """Damping `relative · mean eigenvalue` at first, then adapted."""
+    """Damping `relative · typical eigenvalue` at first, then adapted."""
 
     relative: float
     decay: float
@@ -212,10 +212,12 @@ class ReferenceKFAC:
         return fisher.loss(network.trace(x), terms) + penalty
 
     def _mean_eigenvalue(self) -> float:
-        traces = sum(
-            np.trace(a.mean()) * np.trace(g.mean()) for a, g in self.averages
+        """The harmonic mean over all parameters of their blocks' means."""
+        sizes = np.array([m.size for m in self.network.matrices], float)
+        traces = np.array(
+            [np.trace(a.mean()) * np.trace(g.mean()) for a, g in self.averages]
         )
-        return traces / sum(m.size for m in self.network.matrices)
+        return sizes.sum() / np.sum(sizes**2 / traces)
 
     def _refresh(self) -> None:
         """The block's damping includes the regularizer of its kernel."""
