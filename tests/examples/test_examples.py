@@ -158,6 +158,7 @@ def test_pinn_poisson(tmp_path):
     assert_is_figure(path)
 
 
+@pytest.mark.slow
 def test_pinn_poisson_with_points_drawn_anew(tmp_path):
     path = tmp_path / "figure.png"
     output = run(
@@ -222,6 +223,7 @@ def test_natural_gradient_cg():
     assert "Post" not in output
 
 
+@pytest.mark.slow
 def test_natural_gradient_cg_on_a_file(tmp_path):
     """A file in the layout of MNIST has the figures of the post beside it."""
     generator = np.random.default_rng(0)

@@ -91,7 +91,9 @@ def test_step_equals_gauss_newton(solver, points, float64):
     np.testing.assert_allclose(after, before - step, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize(
+    "mode", ["graph", pytest.param("xla", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("solver", ["auto", "kernel", "cg"])
 def test_modes_agree(solver, mode, float64):
     results = []
