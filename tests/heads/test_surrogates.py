@@ -57,9 +57,24 @@ def hinge(outputs, power):
     return diagonal(slope**2 * p * (1 - p) / (N * K))
 
 
+def focal_weight(p, gamma):
+    """Weight of the cross-entropy's Fisher, p of the true class.
+
+    The score of the focal loss over that of the cross-entropy, squared, over
+    the focal factor; both scores by central differences.
+    """
+    h = 1e-6 * np.minimum(p, 1 - p)
+
+    def slope(loss):
+        return (loss(p + h) - loss(p - h)) / (2 * h)
+
+    focal = slope(lambda p: -((1 - p) ** gamma) * np.log(p))
+    return (focal / slope(lambda p: -np.log(p))) ** 2 / (1 - p) ** gamma
+
+
 def binary_focal(p, targets, slope=1.0, gamma=2.0, balance=False):
     true = np.where(targets == 1, p, 1 - p)
-    weight = (1 - true) ** gamma
+    weight = focal_weight(true, gamma)
     if balance:
         weight = weight * np.where(targets == 1, 0.25, 0.75)
     return diagonal(weight * slope**2 / (p * (1 - p)) / (N * K))
@@ -115,14 +130,18 @@ CASES = {
         {},
         SOFT,
         ONE_HOT,
-        lambda: categorical(SOFT, 0.25 * MISSED**2, from_logits=False),
+        lambda: categorical(
+            SOFT, 0.25 * focal_weight(1 - MISSED, 2.0), from_logits=False
+        ),
     ),
     "categorical_focal_logits": (
         losses.CategoricalFocalCrossentropy,
         {"from_logits": True, "gamma": 1.0, "alpha": [0.2, 0.3, 0.5]},
         LOGITS,
         ONE_HOT,
-        lambda: categorical(SOFT, ONE_HOT @ [0.2, 0.3, 0.5] * MISSED),
+        lambda: categorical(
+            SOFT, ONE_HOT @ [0.2, 0.3, 0.5] * focal_weight(1 - MISSED, 1.0)
+        ),
     ),
     "categorical_hinge": (
         losses.CategoricalHinge,

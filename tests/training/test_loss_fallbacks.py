@@ -101,20 +101,7 @@ def fallback_warnings(records):
     return [r for r in records if FALLBACK in str(r.message)]
 
 
-# The surrogate overestimates what a step gains on these small batches since
-# the damping may fall lower: a known defect, the loss goes from 0.198 to 0.209.
-NOT_DECREASING = pytest.mark.xfail(strict=True, reason="steps are too long")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=NOT_DECREASING)
-        if name == "categorical_focal"
-        else name
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_training(name):
     """Twelve default steps, with exactly one warning that names the loss."""
     loss, activation, targets = CASES[name]
