@@ -341,12 +341,11 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
         if self.norm_constraint is not None:
             rate *= norm_scale(rate**2 * norm, self.norm_constraint)
         trial.place(rate)
-        for variable, tensor in zip(self._previous, tensors, strict=False):
-            variable.assign(tensor)
         self.state.note(
             learning_rate=rate, momentum=tf.constant(self.momentum, dtype)
         )
         if not isinstance(rule, LevenbergMarquardt) or objective is None:
+            self._remember(tensors, tf.constant(False))
             return
         ridge = self._damping_like(loss) * inner(direction, direction)
         change = 0.5 * rate**2 * (norm + ridge)
@@ -360,10 +359,19 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
             rejected = ~(true_change <= noise)
             self._adapt(rule, true_change, change, share, rejected)
             trial.take_back(rejected)
-            return tf.constant(0)
+            return rejected
 
         due = is_multiple(tf.convert_to_tensor(self.iterations), rule.period)
-        tf.cond(due, adapt, lambda: tf.constant(0))
+        rejected = tf.cond(due, adapt, lambda: tf.constant(False))
+        self._remember(tensors, rejected)
+
+    def _remember(
+        self, tensors: Sequence[tf.Tensor], rejected: tf.Tensor
+    ) -> None:
+        """Keeps the direction for the next step, unless it was rejected."""
+        # Without momentum and warm start there are no such variables.
+        for variable, tensor in zip(self._previous, tensors, strict=False):
+            variable.assign(tf.where(rejected, variable.value, tensor))
 
     def _adapt(
         self,
