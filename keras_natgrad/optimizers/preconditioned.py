@@ -23,9 +23,7 @@ from keras_natgrad.optimizers.retraction import RetractingOptimizer
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.optimizers.summary import render_table
 from keras_natgrad.step import (
-    Damping,
     LevenbergMarquardt,
-    LineSearch,
     Refresh,
     StepLength,
     TrialStep,
@@ -64,34 +62,23 @@ class PreconditionedOptimizer(RetractingOptimizer):
     """Base class of optimizers with one Fisher block per layer.
 
     A subclass sets the settings below in its constructor; what happens in a
-    step is here, and is the same for every kind of block.
+    step is here, and is the same for every kind of block. `fisher` is one of
+    `FISHER_KINDS`.
 
     Attributes:
-        fisher: One of `FISHER_KINDS`.
         factor_decay: Decay of the running averages.
         refresh: `Refresh`, the periods.
         length: `StepLength`.
-        damping: `Damping`.
         block_options: `BlockOptions`.
         quadratic_model: `"exact"` or `"estimated"`.
-        norm_constraint: Largest `δᵀFδ`, or `None`.
-        line_search: `LineSearch` for α, or `None`.
-        log_statistics: Whether `fit` logs the statistics.
-        seed: Seed of the random cotangents.
         curvature: `BlockDiagonal`, once built.
     """
 
-    fisher: str
     factor_decay: float
     refresh: Refresh
     length: StepLength
-    damping: Damping
     block_options: BlockOptions
     quadratic_model: str
-    norm_constraint: float | None
-    line_search: LineSearch | None
-    log_statistics: bool
-    seed: int
     curvature: BlockDiagonal
 
     # -- State -----------------------------------------------------------
@@ -121,23 +108,6 @@ class PreconditionedOptimizer(RetractingOptimizer):
         ]
         self._hide("_ridge_rows", [Ridge(ridge[i], ridge[j]) for i, j in pairs])
 
-    @property
-    def statistics(self) -> dict[str, float]:
-        """What happened so far, as Python numbers.
-
-        Damping, reduction ratio, predicted loss change, learning rate and
-        momentum of the last step; counts of batches, updates of the
-        statistics, refreshes of the inverses, dampings raised by a failed
-        factorisation, factorisations given up, batches skipped and steps
-        taken back (retracted).
-        """
-        return self.state.to_dict() if self._curvature_built else {}
-
-    @override
-    @property
-    def uses_targets(self) -> bool:
-        return self.fisher == "empirical"
-
     def summary(self, print_fn: Any = None) -> None:
         """Prints what each layer got: block, shapes, memory, approximation.
 
@@ -153,20 +123,6 @@ class PreconditionedOptimizer(RetractingOptimizer):
         (print_fn or print)(text)
 
     # -- One step --------------------------------------------------------
-
-    @override
-    @property
-    def needs_objective(self) -> bool:
-        return self.line_search is not None or isinstance(
-            self.damping, LevenbergMarquardt
-        )
-
-    @override
-    def step_logs(self) -> dict[str, tf.Tensor]:
-        if not self.log_statistics:
-            return {}
-        tensors = self.state.to_tensors()
-        return {f"{self.name}_{key}": value for key, value in tensors.items()}
 
     @override
     def observe(self, observation: Observation) -> None:
