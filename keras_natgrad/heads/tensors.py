@@ -58,3 +58,12 @@ def match_targets(parameters: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
             f"outputs.shape={tuple(parameters.shape)}"
         )
     return aligned
+
+
+def are_counts(targets: tf.Tensor, total_count: float) -> tf.Tensor:
+    """Tells whether targets `[..., K]` are counts with this total."""
+    counts = tf.equal(targets, tf.floor(targets)) & (targets >= 0)
+    total = tf.reduce_sum(targets, axis=-1)
+    return tf.reduce_all(counts) & tf.reduce_all(
+        tf.equal(total, tf.cast(total_count, total.dtype))
+    )

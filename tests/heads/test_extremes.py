@@ -65,6 +65,10 @@ CASES = {
         mixed((2, 1e6), (2, LOG)),
     ),
     "dirichlet": (heads.Dirichlet("exp"), mixed((4, LOG))),
+    "dirichlet_multinomial": (
+        heads.DirichletMultinomial(30, "exp"),
+        mixed((4, LOG)),
+    ),
     "ordered_given": (
         heads.OrderedLogistic([-1e3, -1.0, -1.0 + 1e-6, 27.6]),
         mixed((1, 2e3)),

@@ -46,6 +46,7 @@ HEADS = {
     "mvn": (heads.MultivariateNormalTriL(), [0.5, -0.5, 0.0, 0.5, 0.0]),
     "dirichlet": (heads.Dirichlet(), [0.5, 1.0, 1.5]),
     "multinomial": (heads.Multinomial(6), [0.5, 0.0, -0.5]),
+    "dirichlet_multinomial": (heads.DirichletMultinomial(6), [0.5, 1.0, 1.5]),
     "one_hot": (heads.OneHotCategorical(), [0.5, 0.0, -0.5]),
     "mvn_diag": (heads.MultivariateNormalDiag(), [0.5, -0.5, 0.0, 0.5]),
     "ordered": (heads.OrderedLogistic(), [0.5, 0.0, 0.5]),
