@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_natgrad.linalg import random_signs
+from keras_natgrad.linalg import random_signs, scalar
 
 # A point in parameter space: one tensor per block or variable.
 Direction = Sequence[tf.Tensor]
@@ -191,7 +191,7 @@ def add(left: Direction, right: Direction) -> list[tf.Tensor]:
 
 def scale(factor: tf.Tensor | float, direction: Direction) -> list[tf.Tensor]:
     """Returns a multiple of a direction."""
-    return [tf.cast(factor, part.dtype) * part for part in direction]
+    return [scalar(factor, part.dtype) * part for part in direction]
 
 
 def inner(left: Direction, right: Direction) -> tf.Tensor:
