@@ -95,12 +95,15 @@ class PreconditionedOptimizer(RetractingOptimizer):
         ]
         self.curvature.build(names, add)
         velocities = []
-        if self.length.momentum != 0:
+        if self.length.momentum != 0 or self.length.spring:
             velocities = [
                 add(f"{name}_velocity", shape, "zeros")
                 for name, shape in zip(names, shapes, strict=True)
             ]
         self._hide("_velocities", velocities)
+        if self.length.spring:
+            # λ of the inverses in use.
+            self._hide("_inverted_at", add("inverted_at", (), "zeros"))
         ridge = [l2_curvature(variable.regularizer) for variable in variables]
         self._hide("_ridge", ridge)
         pairs = [
@@ -175,7 +178,7 @@ class PreconditionedOptimizer(RetractingOptimizer):
         forced = tf.equal(self.state.refresh_at.value, 0)
         self._refresh_if(forced)
         matrices = self.curvature.to_matrices(gradients)
-        solved = self.curvature.precondition(matrices)
+        solved = self.curvature.precondition(self._pulled(matrices))
         if self.line_search is not None:
             rate *= self._search(observation, solved)
         if self._needs_gram:
@@ -188,13 +191,28 @@ class PreconditionedOptimizer(RetractingOptimizer):
         self._move(solved, coefficients)
         if self._guarded:
             self.state.guard.accept(observation.tape.loss)
-        self.state.note(learning_rate=coefficients[0], momentum=coefficients[1])
+        self.state.note(
+            learning_rate=coefficients[0],
+            momentum=coefficients[1] + self.length.spring,
+        )
         if model is not None:
             self.state.note(model_change=model.change)
             self._adapt_damping(observation, model)
         # An inverse that knows the batch it is applied to fits its noise: the
         # statistics of this batch serve the next ones.
         self._refresh_if(due & ~forced)
+
+    def _pulled(self, gradients: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
+        """Returns `∇ + λ μ φ₋₁` of SPRING, or the gradient as it is."""
+        if not self.length.spring:
+            return gradients
+        # The last update is −α φ₋₁; zero where it was taken back.
+        pull = -tf.math.divide_no_nan(
+            self.length.spring * self._inverted_at.value,
+            self.state.last("learning_rate"),
+        )
+        last = self.curvature.to_matrices(self._velocities)
+        return [g + pull * v for g, v in zip(gradients, last, strict=True)]
 
     def _search(
         self, observation: Observation, solved: Sequence[tf.Tensor]
@@ -223,7 +241,7 @@ class PreconditionedOptimizer(RetractingOptimizer):
     ) -> tuple[tf.Tensor, SolvedModel]:
         """Returns the coefficients of (−P∇, δ₋₁) and what they promise."""
         candidates = [list(solved)]
-        if self._velocities:
+        if self.length.momentum != 0:
             candidates.append(self.curvature.to_matrices(self._velocities))
         # The first candidate enters with its sign here, once.
         signs = tf.constant([-1.0, 1.0], rate.dtype)
@@ -288,9 +306,10 @@ class PreconditionedOptimizer(RetractingOptimizer):
         step = tf.convert_to_tensor(self.iterations)
 
         def refresh() -> tf.Tensor:
-            retries, failures = self.curvature.refresh(
-                self._inverse_damping(), self._ridge
-            )
+            damping = self._inverse_damping()
+            if self.length.spring:
+                self._inverted_at.assign(damping)
+            retries, failures = self.curvature.refresh(damping, self._ridge)
             self.state.increment(
                 refreshes=1, retries=retries, failures=failures
             )
