@@ -196,13 +196,17 @@ def test_quantile(probability):
     single = head.quantile(outputs.astype(np.float32), probability)
     assert single.dtype == tf.float32
     np.testing.assert_allclose(single, expected, rtol=1e-3)
+
+
+def test_quantile_compiles():
+    head = heads.NormalMixture(3)
     compiled = tf.function(
-        lambda x: head.quantile(x, probability),
+        lambda x: head.quantile(x, 0.9),
         input_signature=[tf.TensorSpec([None, 9], tf.float64)],
         jit_compile=True,
     )
     np.testing.assert_allclose(
-        compiled(tf.constant(outputs)), expected, rtol=1e-9
+        compiled(tf.constant(OUTPUTS)), head.quantile(OUTPUTS, 0.9), rtol=1e-9
     )
 
 

@@ -126,7 +126,8 @@ QUICK = ("normal", "gamma", "negative_binomial", "mvn", "dirichlet")
 def test_modes_agree(name):
     """Steps in XLA and in eager mode are those of the graph."""
     head, x, y, truth = problem(name)
-    distance = DISTANCE.get(name, 3.0)
+    # From three units away, five steps under heavy tails are no distance.
+    distance = 1.0 if name in STEPS else DISTANCE.get(name, 3.0)
     results = [
         train(head, x, y, truth, 5, distance, **options)[0].get_weights()
         for options in (
