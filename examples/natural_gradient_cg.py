@@ -21,10 +21,11 @@ table has three rows, all with Adam at 1e-3 on top of a direction:
 Adam does not see the scale of a direction, so all three are close to Adam.
 The other two rows solve with the Fisher `(1/N) Σ J_iᵀ F_i J_i` and step along
 the solution, without Adam: by at most ten iterations of conjugate gradients, as
-in the post, with a fixed learning rate and damping, picked from six pairs by
-their accuracy here; and by default arguments, which solve exactly, make full
-steps and fit the damping to each batch alone. That is meant for large batches;
-on these it follows the noise of each.
+in the post, with a learning rate and damping picked by their accuracy here from
+six settings (four constant rates with a damping each, two with a cosine
+schedule; the picked one is constant); and by default arguments, which solve
+exactly, make full steps and fit the damping to each batch alone. That is meant
+for large batches; on these it follows the noise of each.
 
     python examples/natural_gradient_cg.py
     python examples/natural_gradient_cg.py --data mnist

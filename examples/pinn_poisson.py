@@ -17,15 +17,12 @@ is SciPy's and needs points that stay, so it sits out where they do not.
 
     python examples/pinn_poisson.py
     python examples/pinn_poisson.py --dimensions 5 --widths 64 64 48 48
-
-The clock runs while steps are made, not while they are traced or measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -118,11 +115,9 @@ class Problem:
     def _draw_boundary(self) -> tf.Tensor:
         """One coordinate of each point is 0 or 1."""
         x = self._draw_interior(self.boundary)
-        index = tf.range(self.boundary)
-        on_face = tf.one_hot(
-            index % self.dimensions, self.dimensions, True, False, dtype=tf.bool
-        )
-        side = tf.cast((index // self.dimensions) % 2, x.dtype)
+        index, d = tf.range(self.boundary), self.dimensions
+        on_face = tf.one_hot(index % d, d, True, False, dtype=tf.bool)
+        side = tf.cast((index // d) % 2, x.dtype)
         return tf.where(on_face, side[:, tf.newaxis], x)
 
     def residuals(
@@ -147,11 +142,8 @@ class Problem:
     def error(self, network: keras.Model) -> float:
         """Returns the root mean square of the error."""
         x = self.test_points
-        return float(root_mean_square(network(x)[:, 0] - solution(x)))
-
-
-def root_mean_square(x: tf.Tensor) -> tf.Tensor:
-    return tf.sqrt(tf.reduce_mean(tf.square(x)))
+        square = tf.reduce_mean(tf.square(network(x)[:, 0] - solution(x)))
+        return float(tf.sqrt(square))
 
 
 def build_network(dimensions: int, widths: list[int], seed: int) -> keras.Model:
@@ -231,71 +223,56 @@ def run_steps(
 
 
 def train_natural_gradient(
-    network: keras.Model,
-    problem: Problem,
-    seconds: float,
-    damping: float,
-    jit_compile: bool,
+    curve: Curve, problem: Problem, damping: float, jit_compile: bool
 ) -> Curve:
     """Trains with the exact natural gradient and a line search."""
     optimizer = kng.NaturalGradient(kng.LineSearch(), damping=damping)
-    residuals = problem.residuals(network)
+    variables = curve.network.trainable_variables
+    residuals = problem.residuals(curve.network)
 
     @tf.function(jit_compile=jit_compile)
     def step(points: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        return optimizer.minimize_residuals(
-            residuals, network.trainable_variables, points
-        )
+        return optimizer.minimize_residuals(residuals, variables, points)
 
-    curve = Curve(network, seconds, "Natural gradient")
     return run_steps(curve, problem, lambda: step(problem.points()), optimizer)
 
 
 def train_adam(
-    network: keras.Model,
-    problem: Problem,
-    seconds: float,
-    learning_rate: float,
-    jit_compile: bool,
+    curve: Curve, problem: Problem, learning_rate: float, jit_compile: bool
 ) -> Curve:
     """Trains with Adam."""
     optimizer = keras.optimizers.Adam(learning_rate)
-    variables = network.trainable_variables
+    variables = curve.network.trainable_variables
     optimizer.build(variables)
 
     @tf.function(jit_compile=jit_compile)
     def step() -> tf.Tensor:
         with tf.GradientTape() as tape:
-            loss = problem.loss(network)
+            loss = problem.loss(curve.network)
         optimizer.apply(tape.gradient(loss, variables), variables)
         return loss
 
-    curve = Curve(network, seconds, f"Adam, rate {learning_rate:g}")
     return run_steps(curve, problem, step, optimizer)
 
 
-def train_lbfgs(
-    network: keras.Model, problem: Problem, seconds: float, jit_compile: bool
-) -> Curve:
+def train_lbfgs(curve: Curve, problem: Problem, jit_compile: bool) -> Curve:
     """Trains with SciPy's L-BFGS, on gradients from TensorFlow."""
-    variables = network.trainable_variables
+    variables = curve.network.trainable_variables
     sizes = [math.prod(variable.shape) for variable in variables]
 
     @tf.function(jit_compile=jit_compile)
     def evaluate(flat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         place(flat)
         with tf.GradientTape() as tape:
-            loss = problem.loss(network)
+            loss = problem.loss(curve.network)
         gradients = tape.gradient(loss, variables)
         return loss, tf.concat([tf.reshape(g, [-1]) for g in gradients], 0)
 
     def place(flat: tf.Tensor) -> None:
-        for variable, part in zip(
-            variables, tf.split(flat, sizes), strict=True
-        ):
+        parts = tf.split(flat, sizes)
+        for variable, part in zip(variables, parts, strict=True):
             variable.assign(tf.reshape(part, variable.shape))
 
-    curve = Curve(network, seconds, "L-BFGS")
     curve.measure(problem, 0, 0.0)
     flat = np.concatenate([v.numpy().ravel() for v in variables])
     evaluate(tf.constant(flat))  # Traced before the clock starts.
@@ -335,6 +312,10 @@ def peak_memory() -> str:
     if tf.config.list_physical_devices("GPU"):
         peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
         return f"{peak / 2**20:,.0f} MiB of the GPU"
+    try:
+        import resource
+    except ImportError:  # On Windows.
+        return "not measured"
     # In KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return f"{peak:,.0f} MiB of the process, TensorFlow included"
@@ -343,10 +324,10 @@ def peak_memory() -> str:
 def print_table(curves: list[Curve], problem: Problem) -> None:
     """Prints one row per contender."""
     count = len(problem.test_points)
-    table = Table(title=f"Error on {count} points after equal seconds")
-    for column in ("Optimizer", "RMS error", "Steps", "Seconds", "Steps/s"):
-        justify = "left" if column == "Optimizer" else "right"
-        table.add_column(column, justify=justify)
+    title = f"Error on {count} points after equal seconds"
+    table = Table("Optimizer", title=title)
+    for column in ("RMS error", "Steps", "Seconds", "Steps/s"):
+        table.add_column(column, justify="right")
     for curve in curves:
         table.add_row(
             curve.name,
@@ -407,27 +388,29 @@ def main(arguments: argparse.Namespace) -> list[Curve]:
     problem = Problem(dimensions, interior, boundary, arguments.seed)
     jit_compile = arguments.jit_compile
 
-    def start() -> tuple[keras.Model, Problem, float]:
+    def start(name: str) -> Curve:
         network = build_network(dimensions, arguments.widths, arguments.seed)
-        return network, problem, seconds
+        return Curve(network, seconds, name)
 
-    network, *_ = start()
+    first = start("Natural gradient")
     print(
         f"Poisson equation in {dimensions} dimensions: "
-        f"{network.count_params():,} parameters, {interior} + {boundary} "
+        f"{first.network.count_params():,} parameters, {interior} + {boundary} "
         f"points, {seconds:g} seconds each",
         flush=True,
     )
-    curves = [train_natural_gradient(*start(), arguments.damping, jit_compile)]
+    curves = [
+        train_natural_gradient(first, problem, arguments.damping, jit_compile)
+    ]
     print(f"Peak memory of the natural gradient: {peak_memory()}", flush=True)
     runs = [
-        train_adam(*start(), rate, jit_compile)
+        train_adam(start(f"Adam, rate {rate:g}"), problem, rate, jit_compile)
         for rate in arguments.adam_learning_rates
     ]
     if runs:
         curves.append(min(runs, key=lambda curve: curve.error[-1]))
     if problem.fixed is not None:
-        curves.append(train_lbfgs(*start(), jit_compile))
+        curves.append(train_lbfgs(start("L-BFGS"), problem, jit_compile))
     print_table(curves, problem)
     plot(curves, dimensions, arguments.output)
     print(f"Figure: {arguments.output}")
@@ -439,28 +422,21 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--dimensions", type=int, default=2, help="two or more")
-    parser.add_argument(
-        "--widths", type=int, nargs="+", default=[64], help="hidden units"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=7.0, help="for each run"
-    )
-    parser.add_argument("--damping", type=float, default=1e-12)
-    parser.add_argument(
-        "--adam-learning-rates",
-        type=float,
-        nargs="*",
-        default=[1e-3, 5e-3, 2e-2],
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--dimensions", type=int, default=2, help="two or more")
+    add("--widths", type=int, nargs="+", default=[64], help="hidden units")
+    add("--seconds", type=float, default=7.0, help="for each run")
+    add("--damping", type=float, default=1e-12)
+    rates = [1e-3, 5e-3, 2e-2]
+    add("--adam-learning-rates", type=float, nargs="*", default=rates)
+    add(
         "--jit-compile",
         action=argparse.BooleanOptionalAction,
         default=bool(tf.config.list_physical_devices("GPU")),
         help="compile the steps with XLA; on CPUs they are slower for it",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
+    add("--seed", type=int, default=0)
+    add(
         "--output",
         type=Path,
         default=Path(__file__).parent / "output" / "pinn_poisson.png",

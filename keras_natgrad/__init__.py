@@ -18,7 +18,7 @@ from keras_natgrad.blocks import register_block
 from keras_natgrad.capture import CurvatureTape, register_layer
 from keras_natgrad.fisher import fisher
 from keras_natgrad.optimizers import KFAC, NaturalGradient
-from keras_natgrad.step import LevenbergMarquardt, LineSearch
+from keras_natgrad.step import LevenbergMarquardt, LineSearch, Spring
 from keras_natgrad.training import ResidualModel
 from keras_natgrad.version import __version__
 
@@ -29,6 +29,7 @@ __all__ = [
     "LineSearch",
     "NaturalGradient",
     "ResidualModel",
+    "Spring",
     "__version__",
     "blocks",
     "callbacks",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
 
 from keras_natgrad.heads import Head
 from keras_natgrad.heads.tensors import as_parameters
+from keras_natgrad.linalg import random_signs
 
 #: The ways to estimate the Fisher, by what is sent back through the network.
 FISHER_KINDS = ("exact", "propagated", "sampled", "empirical")
@@ -42,9 +45,17 @@ class OutputTerm:
         """Columns of the loss factor L at one position."""
         return self.head.factor_rank(int(self.outputs.shape[-1]))
 
-    def column_count(self) -> tf.Tensor:
+    @property
+    def positions(self) -> Any:
+        """Positions per example, an integer where it is known."""
+        sides = self.outputs.shape[1:-1]
+        if sides.is_fully_defined():
+            return math.prod(sides)
+        return tf.reduce_prod(tf.shape(self.outputs)[1:-1])
+
+    def column_count(self) -> Any:
         """Columns of L for one example: positions times rank."""
-        return _positions(self.outputs) * self.rank
+        return self.positions * self.rank
 
     def cotangent(self, column_values: tf.Tensor) -> tf.Tensor:
         """Returns `√c L e` for `e` of shape `[batch, ..., rank]`."""
@@ -113,14 +124,14 @@ def random_cotangents(
     for term, term_seed in zip(terms, seeds, strict=True):
         if kind == "propagated":
             shape = tf.concat([tf.shape(term.outputs)[:-1], [term.rank]], 0)
-            signs = random_signs(shape, term_seed, term.outputs)
+            signs = _signs(shape, term_seed, term.outputs)
             cotangents.append(term.cotangent(signs))
         elif kind == "sampled":
             targets = term.head.sample(as_parameters(term.outputs), term_seed)
             cotangents.append(term.score(targets))
         else:
             shape = tf.concat([tf.shape(term.outputs)[:-1], [1]], 0)
-            signs = random_signs(shape, term_seed, term.outputs)
+            signs = _signs(shape, term_seed, term.outputs)
             assert term.targets is not None
             score = term.score(term.targets)
             cotangents.append(tf.cast(signs, score.dtype) * score)
@@ -149,7 +160,7 @@ def column_cotangents(
     cotangents = [tf.zeros_like(term.outputs) for term in terms]
     term = terms[index]
     shape = tf.shape(term.outputs)
-    signs = random_signs(shape[:1], seed, term.outputs)[:, tf.newaxis]
+    signs = _signs(shape[:1], seed, term.outputs)[:, tf.newaxis]
     unit = tf.one_hot(column, term.column_count(), dtype=signs.dtype)
     values = tf.reshape(
         signs * unit, tf.concat([shape[:-1], [term.rank]], axis=0)
@@ -158,16 +169,6 @@ def column_cotangents(
     return cotangents
 
 
-def random_signs(
-    shape: tf.Tensor, seed: tf.Tensor, like: tf.Tensor
-) -> tf.Tensor:
-    """Returns independent ±1, in the dtype that heads compute `like` in."""
-    # The algorithm is named so that a compiled step draws the same signs.
-    bits = tf.random.stateless_uniform(
-        shape, seed=seed, minval=0, maxval=2, dtype=tf.int32, alg="philox"
-    )
-    return tf.cast(2 * bits - 1, as_parameters(like).dtype)
-
-
-def _positions(outputs: tf.Tensor) -> tf.Tensor:
-    return tf.reduce_prod(tf.shape(outputs)[1:-1])
+def _signs(shape: tf.Tensor, seed: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    """Returns independent ±1, in the dtype that heads compute in."""
+    return random_signs(shape, seed, as_parameters(outputs).dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +50,7 @@ class Columns:
                 for term, own in zip(self.terms, seeds, strict=True)
             ]
         self._sizes = [
-            _positions(term.outputs) * (term.rank if kind == "exact" else 1)
+            term.column_count() if kind == "exact" else term.positions
             for term in self.terms
         ]
         #: Number of columns of one example, an integer where it is known.
@@ -150,11 +149,3 @@ def _score(term: OutputTerm, kind: str, seed: tf.Tensor) -> tf.Tensor:
             "Received: fisher='empirical'"
         )
     return term.score(term.targets)
-
-
-def _positions(outputs: tf.Tensor) -> Any:
-    """Returns the positions per example, an integer where it is known."""
-    sides = outputs.shape[1:-1]
-    if sides.is_fully_defined():
-        return math.prod(sides)
-    return tf.reduce_prod(tf.shape(outputs)[1:-1])

@@ -14,6 +14,7 @@ from keras_natgrad.heads.counts import (
     ZeroInflatedPoisson,
 )
 from keras_natgrad.heads.directional import VonMisesFisher
+from keras_natgrad.heads.dirichlet import Dirichlet, DirichletMultinomial
 from keras_natgrad.heads.family import Family, Information, Parameter
 from keras_natgrad.heads.generic import Distribution
 from keras_natgrad.heads.joint import Joint
@@ -30,7 +31,6 @@ from keras_natgrad.heads.loss_weight import LossWeight
 from keras_natgrad.heads.losses import from_loss, register_loss
 from keras_natgrad.heads.mixture import NormalMixture
 from keras_natgrad.heads.multivariate import (
-    Dirichlet,
     Multinomial,
     MultivariateNormalTriL,
 )
@@ -53,6 +53,7 @@ __all__ = [
     "Categorical",
     "Cauchy",
     "Dirichlet",
+    "DirichletMultinomial",
     "Distribution",
     "Exponential",
     "Family",

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_natgrad.heads import tensors
+from keras_natgrad.linalg import pseudo_inverse_solve
 
 
 class Head(abc.ABC):
@@ -229,7 +230,7 @@ class Head(abc.ABC):
             The natural gradients `F⁺ g`, of shape `[..., K]`.
         """
         outputs = tensors.as_parameters(outputs)
-        return tensors.pseudo_inverse_product(
+        return pseudo_inverse_solve(
             self.fisher(outputs), tensors.cast_like(gradient, outputs)
         )
 

@@ -89,48 +89,33 @@ class Joint(Head):
         self, outputs: tf.Tensor, vector: tf.Tensor
     ) -> tf.Tensor:
         """Multiplies block by block."""
-        outputs = tensors.as_parameters(outputs)
-        pieces = tf.split(_repeat(outputs, vector), self._ranks(), axis=-1)
-        return tf.concat(
-            [
-                head.fisher_factor_product(part, piece)
-                for (head, part), piece in zip(
-                    self._parts(outputs), pieces, strict=True
-                )
-            ],
-            axis=-1,
+        return self._by_block(
+            outputs,
+            vector,
+            self._ranks(),
+            lambda head, x, v: head.fisher_factor_product(x, v),
         )
 
     def fisher_factor_transpose_product(
         self, outputs: tf.Tensor, vector: tf.Tensor
     ) -> tf.Tensor:
         """Multiplies by the transpose, block by block."""
-        outputs = tensors.as_parameters(outputs)
-        pieces = tf.split(_repeat(outputs, vector), self.sizes, axis=-1)
-        return tf.concat(
-            [
-                head.fisher_factor_transpose_product(part, piece)
-                for (head, part), piece in zip(
-                    self._parts(outputs), pieces, strict=True
-                )
-            ],
-            axis=-1,
+        return self._by_block(
+            outputs,
+            vector,
+            self.sizes,
+            lambda head, x, v: head.fisher_factor_transpose_product(x, v),
         )
 
     def natural_gradient(
         self, outputs: tf.Tensor, gradient: tf.Tensor
     ) -> tf.Tensor:
         """Solves block by block; see `Head.natural_gradient()`."""
-        outputs = tensors.as_parameters(outputs)
-        pieces = tf.split(_repeat(outputs, gradient), self.sizes, axis=-1)
-        return tf.concat(
-            [
-                head.natural_gradient(part, piece)
-                for (head, part), piece in zip(
-                    self._parts(outputs), pieces, strict=True
-                )
-            ],
-            axis=-1,
+        return self._by_block(
+            outputs,
+            gradient,
+            self.sizes,
+            lambda head, x, v: head.natural_gradient(x, v),
         )
 
     # -- Checks ----------------------------------------------------------
@@ -185,6 +170,26 @@ class Joint(Head):
     def _parts(self, outputs: tf.Tensor) -> list[tuple[Head, tf.Tensor]]:
         parts = tf.split(outputs, self.sizes, axis=-1)
         return list(zip(self.heads, parts, strict=True))
+
+    def _by_block(
+        self,
+        outputs: tf.Tensor,
+        vector: tf.Tensor,
+        sizes: Sequence[int],
+        product: Callable[[Head, tf.Tensor, tf.Tensor], tf.Tensor],
+    ) -> tf.Tensor:
+        """Applies a product to each head, its outputs and its piece."""
+        outputs = tensors.as_parameters(outputs)
+        pieces = tf.split(_repeat(outputs, vector), sizes, axis=-1)
+        return tf.concat(
+            [
+                product(head, part, piece)
+                for (head, part), piece in zip(
+                    self._parts(outputs), pieces, strict=True
+                )
+            ],
+            axis=-1,
+        )
 
     def _target_sizes(self) -> list[int | None]:
         """Returns how many places each head's targets take; `None`: one number.

@@ -13,10 +13,16 @@ from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.categorical import Categorical
 from keras_natgrad.heads.generic import Distribution
 from keras_natgrad.heads.normal import Normal
-from keras_natgrad.heads.probability import bijectors, distributions
+from keras_natgrad.heads.probability import (
+    bijectors,
+    distributions,
+    mathematics,
+)
 
 #: How `NormalMixture` finds its Fisher matrix.
 METHODS = ("monte_carlo", "complete_data")
+# Of the search for a quantile, which ends where the number has no more digits.
+_MOST_ITERATIONS = 100
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -98,6 +104,65 @@ class NormalMixture(Head):
         outputs = tensors.as_parameters(outputs)
         targets = tensors.match_targets(outputs[..., :1], targets)
         return self._by_residuals(outputs).log_prob(targets[..., 0])
+
+    def cdf(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        """Returns the probability of at most the targets.
+
+        Args:
+            outputs: Tensor or array of shape `[..., K]`.
+            targets: Tensor or array of shape `[...]` or `[..., 1]`.
+
+        Returns:
+            Tensor `[...]`.
+        """
+        outputs = tensors.as_parameters(outputs)
+        targets = tensors.match_targets(outputs[..., :1], targets)
+        return self.distribution(outputs).cdf(targets[..., 0])
+
+    def quantile(self, outputs: tf.Tensor, probability: float) -> tf.Tensor:
+        """Returns the value that targets stay below with a probability.
+
+        It lies between the lowest and the highest of the components'
+        quantiles, where a root of the distribution function is sought.
+
+        Args:
+            outputs: Tensor or array of shape `[..., K]`.
+            probability: Number between 0 and 1.
+
+        Returns:
+            Tensor `[...]`.
+
+        Raises:
+            ValueError: If `probability` is not between 0 and 1.
+        """
+        if not 0.0 < probability < 1.0:
+            raise ValueError(
+                "`probability` must be between 0 and 1. "
+                f"Received: probability={probability!r}"
+            )
+        logits, loc, scale = self._values(outputs)
+        shares = tf.nn.softmax(logits)
+        # The smaller tail, as 1 − p has fewer digits.
+        side = 1.0 if probability <= 0.5 else -1.0
+        tail = tf.constant(min(probability, 1.0 - probability), loc.dtype)
+        ends = loc + side * scale * tf.math.ndtri(tail)
+        standard = distributions().Normal(
+            tf.zeros([], loc.dtype), tf.ones([], loc.dtype)
+        )
+
+        def excess(value: tf.Tensor) -> tf.Tensor:
+            z = side * (value[..., tf.newaxis] - loc) / scale
+            mass = tf.reduce_sum(shares * standard.cdf(z), axis=-1)
+            return side * (mass - tail)
+
+        found = mathematics().find_root_chandrupatla(
+            excess,
+            low=tf.reduce_min(ends, axis=-1),
+            high=tf.reduce_max(ends, axis=-1),
+            position_tolerance=tf.zeros([], loc.dtype),  # To the last digit.
+            max_iterations=_MOST_ITERATIONS,
+        )
+        return found.estimated_root
 
     def factor_rank(self, parameter_count: int) -> int:
         """Returns the number of draws, or of outputs."""

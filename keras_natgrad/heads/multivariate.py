@@ -14,7 +14,6 @@ from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.family import check_count
 from keras_natgrad.heads.links import get_link, link_config
 from keras_natgrad.heads.probability import distributions, mathematics
-from keras_natgrad.heads.special import trigamma_excess
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -134,107 +133,6 @@ class MultivariateNormalTriL(Head):
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class Dirichlet(Head):
-    """Dirichlet targets: shares that sum to one.
-
-    With α the concentrations and α₀ their sum, the Fisher matrix in log α is
-    `diag(α_i² ψ₁(α_i)) − ψ₁(α₀) α αᵀ`; a factor of it is
-    `D^{½} (I − (1 − √(1 − c)) w wᵀ / c)` with `D` the diagonal part,
-    `w = √ψ₁(α₀) D^{−½} α` and `c = ‖w‖²`. All products cost `O(K)`.
-
-    Args:
-        concentration: Link of the concentrations. Defaults to `"softplus"`.
-
-    Raises:
-        ValueError: If `concentration` is no link for positive parameters.
-    """
-
-    def __init__(self, concentration: Any = "softplus") -> None:
-        self._link = get_link(concentration, "concentration", "positive")
-
-    def distribution(self, outputs: tf.Tensor) -> Any:
-        """Builds the `Dirichlet` distribution."""
-        outputs = tensors.as_parameters(outputs)
-        return distributions().Dirichlet(self._link.value(outputs))
-
-    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Computes the log-density; see `Head.log_prob()`."""
-        outputs = tensors.as_parameters(outputs)
-        targets = tensors.match_targets(outputs, targets)
-        return self.distribution(outputs).log_prob(targets)
-
-    def fisher_factor_product(
-        self, outputs: tf.Tensor, vector: tf.Tensor
-    ) -> tf.Tensor:
-        """Multiplies by the factor, in `O(K)`."""
-        root, w, share, slope = self._factor(outputs)
-        vector = tensors.cast_like(vector, root)
-        inner = tf.reduce_sum(w * vector, axis=-1, keepdims=True)
-        product = slope * root * (vector - share * w * inner)
-        return tensors.cast_like(product, tensors.as_parameters(outputs))
-
-    def fisher_factor_transpose_product(
-        self, outputs: tf.Tensor, vector: tf.Tensor
-    ) -> tf.Tensor:
-        """Multiplies by the transposed factor, in `O(K)`."""
-        root, w, share, slope = self._factor(outputs)
-        vector = slope * root * tensors.cast_like(vector, root)
-        inner = tf.reduce_sum(w * vector, axis=-1, keepdims=True)
-        product = vector - share * w * inner
-        return tensors.cast_like(product, tensors.as_parameters(outputs))
-
-    def validate(self, outputs_shape: Sequence[int | None]) -> None:
-        """Checks that there are at least two shares."""
-        super().validate(outputs_shape)
-        if tuple(outputs_shape)[-1] == 1:
-            raise ValueError(
-                "A Dirichlet head needs one output per share, at least two; "
-                "for one proportion use keras_natgrad.heads.Beta(). Received: "
-                f"outputs_shape={tuple(outputs_shape)}"
-            )
-
-    def targets_in_support(
-        self, outputs: tf.Tensor, targets: tf.Tensor
-    ) -> tf.Tensor:
-        """Tells whether all targets are positive shares that sum to one."""
-        targets = tensors.match_targets(tensors.as_parameters(outputs), targets)
-        total = tf.reduce_sum(targets, axis=-1)
-        return tf.reduce_all(targets > 0) & tf.reduce_all(
-            tf.abs(total - 1.0) < 1e-3
-        )
-
-    def describe_support(self, outputs_shape: Sequence[int | None]) -> str:
-        """Says in words which targets the head accepts."""
-        return "positive shares that sum to 1; shrink zeros inwards"
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of the constructor."""
-        return {"concentration": link_config(self._link)}
-
-    def _factor(
-        self, outputs: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        # One dominant share makes 1 − w² a small difference: in float64.
-        outputs = tf.cast(outputs, tf.float64)
-        alpha = self._link.value(outputs)
-        total = tf.reduce_sum(alpha, axis=-1, keepdims=True)
-        h, h_total = trigamma_excess(alpha), trigamma_excess(total)
-        root = tf.sqrt(alpha + h)
-        w = tf.sqrt(total + h_total) * (alpha / total) / root
-        # 1 − c = ψ₁(α₀) (Σ r(α_i) − r(α₀)) with r(x) = x − 1/ψ₁(x), which
-        # does not cancel where the concentrations are large.
-        trigamma = (1.0 + h_total / total) / total
-        rest = trigamma * (
-            tf.reduce_sum(_remainder(alpha, h), axis=-1, keepdims=True)
-            - _remainder(total, h_total)
-        )
-        rest = tf.clip_by_value(rest, 0.0, 1.0)
-        # (1 − √(1 − c)) / c = 1 / (1 + √(1 − c)).
-        share = 1.0 / (1.0 + tf.sqrt(rest))
-        return root, w, share, self._link.slope(outputs)
-
-
-@keras.saving.register_keras_serializable(package="keras_natgrad")
 class Multinomial(Head):
     """Counts of `K` classes in a fixed number of draws, from logits.
 
@@ -285,11 +183,7 @@ class Multinomial(Head):
     ) -> tf.Tensor:
         """Tells whether all targets are counts with the right total."""
         targets = tensors.match_targets(tensors.as_parameters(outputs), targets)
-        counts = tf.equal(targets, tf.floor(targets)) & (targets >= 0)
-        total = tf.reduce_sum(targets, axis=-1)
-        return tf.reduce_all(counts) & tf.reduce_all(
-            tf.equal(total, tf.cast(self.total_count, total.dtype))
-        )
+        return tensors.are_counts(targets, self.total_count)
 
     def describe_support(self, outputs_shape: Sequence[int | None]) -> str:
         """Says in words which targets the head accepts."""
@@ -298,11 +192,6 @@ class Multinomial(Head):
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
         return {"total_count": self.total_count}
-
-
-def _remainder(x: tf.Tensor, excess: tf.Tensor) -> tf.Tensor:
-    """Returns `x − 1/ψ₁(x)`."""
-    return x * excess / (x + excess)
 
 
 def _dimension(size: int) -> int:

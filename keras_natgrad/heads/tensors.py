@@ -1,6 +1,5 @@
 """Tensor functions shared by the heads."""
 
-import numpy as np
 import tensorflow as tf
 
 
@@ -61,21 +60,10 @@ def match_targets(parameters: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     return aligned
 
 
-def pseudo_inverse_product(matrix: tf.Tensor, vector: tf.Tensor) -> tf.Tensor:
-    """Multiplies vectors by the pseudo-inverse of a semidefinite matrix.
-
-    Args:
-        matrix: Symmetric positive semidefinite tensor of shape `[..., K, K]`.
-        vector: Tensor of shape `[..., K]`.
-
-    Returns:
-        Tensor of shape `[..., K]`.
-    """
-    values, vectors = tf.linalg.eigh(matrix)
-    # The usual rank decision: eigenvalues below K ε λ_max are rounding.
-    epsilon = np.finfo(matrix.dtype.as_numpy_dtype).eps
-    size = tf.cast(tf.shape(matrix)[-1], matrix.dtype)
-    kept = values > values[..., -1:] * size * epsilon
-    inverse = tf.where(kept, 1.0 / tf.where(kept, values, 1.0), 0.0)
-    coordinates = tf.linalg.matvec(vectors, vector, transpose_a=True)
-    return tf.linalg.matvec(vectors, inverse * coordinates)
+def are_counts(targets: tf.Tensor, total_count: float) -> tf.Tensor:
+    """Tells whether targets `[..., K]` are counts with this total."""
+    counts = tf.equal(targets, tf.floor(targets)) & (targets >= 0)
+    total = tf.reduce_sum(targets, axis=-1)
+    return tf.reduce_all(counts) & tf.reduce_all(
+        tf.equal(total, tf.cast(total_count, total.dtype))
+    )

@@ -1,4 +1,4 @@
-"""Pure functions on tensors: inverses and Kronecker products."""
+"""Pure functions on tensors: inverses, Kronecker products, signs."""
 
 from keras_natgrad.linalg.kronecker import (
     flatten_matrix,
@@ -13,6 +13,7 @@ from keras_natgrad.linalg.psd import (
     pseudo_inverse_solve,
 )
 from keras_natgrad.linalg.scalars import scalar
+from keras_natgrad.linalg.signs import random_signs
 
 __all__ = [
     "DampedInverse",
@@ -22,6 +23,7 @@ __all__ = [
     "flatten_matrix",
     "kronecker_operator",
     "pseudo_inverse_solve",
+    "random_signs",
     "scalar",
     "trace_norm_ratio",
 ]

@@ -124,19 +124,22 @@ def damped_solve(
 def pseudo_inverse_solve(
     matrix: tf.Tensor, right: tf.Tensor, cutoff: float | None = None
 ) -> tf.Tensor:
-    """Returns `M⁺ b` of a symmetric PSD matrix, by its eigenvalues.
+    """Returns `M⁺ b` of symmetric PSD matrices, by their eigenvalues.
 
     Args:
-        matrix: Tensor `[n, n]`, symmetric positive semi-definite.
-        right: Tensor `[n]`, b.
+        matrix: Tensor `[..., n, n]`, symmetric positive semi-definite.
+        right: Tensor `[..., n]`, b.
         cutoff: Eigenvalues up to this times the largest count as zero.
             Defaults to n times the rounding unit.
+
+    Returns:
+        Tensor `[..., n]`.
     """
     values, vectors = tf.linalg.eigh(matrix)
     if cutoff is None:
         unit = np.finfo(matrix.dtype.as_numpy_dtype).eps
         cutoff = unit * tf.cast(tf.shape(matrix)[-1], matrix.dtype)
-    kept = values > tf.cast(cutoff, matrix.dtype) * values[-1]
+    kept = values > tf.cast(cutoff, matrix.dtype) * values[..., -1:]
     inverse = tf.where(kept, 1 / tf.where(kept, values, 1), 0)
     coordinates = tf.linalg.matvec(vectors, right, transpose_a=True)
     return tf.linalg.matvec(vectors, inverse * coordinates)

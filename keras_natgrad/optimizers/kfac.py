@@ -12,6 +12,7 @@ from keras_natgrad.curvature import FISHER_KINDS, BlockOptions
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import (
     Refresh,
+    Spring,
     StepLength,
     get_damping,
     get_line_search,
@@ -37,11 +38,13 @@ class KFAC(PreconditionedOptimizer):
         learning_rate: `"auto"` for α from the quadratic model, or a float, a
             `keras.optimizers.schedules.LearningRateSchedule`, a callable, or
             a `keras_natgrad.LineSearch` that tries powers of two on the batch
-            (along the preconditioned gradient, before momentum is added).
+            (along the preconditioned gradient, before momentum is added; that
+            of `Spring` is there already).
             With `"auto"` the attribute `learning_rate` is 1.0 and multiplies
             α, so that callbacks may lower it. Defaults to `"auto"`.
-        momentum: `"auto"` for μ from the quadratic model, or a float in
-            [0, 1). Defaults to `"auto"`.
+        momentum: `"auto"` for μ from the quadratic model, a float in [0, 1),
+            or a `keras_natgrad.Spring`, whose momentum is part of the
+            preconditioned direction. Defaults to `"auto"`.
         damping: `"auto"`, a non-negative float, a schedule of the iteration,
             or a `keras_natgrad.LevenbergMarquardt`. In units of the loss per
             squared unit of a weight. Defaults to `"auto"`.
@@ -108,12 +111,13 @@ class KFAC(PreconditionedOptimizer):
     References:
         - Martens & Grosse, 2015, arXiv:1503.05671.
         - Martens, 2014, arXiv:1412.1193 (the quadratic model, damping).
+        - Goldshlager, Abrahamsen & Lin, 2024, arXiv:2401.10190 (SPRING).
     """
 
     def __init__(
         self,
         learning_rate: Any = "auto",
-        momentum: float | str = "auto",
+        momentum: float | str | Spring = "auto",
         damping: Any = "auto",
         fisher: str = "propagated",
         factor_decay: float = 0.95,
@@ -144,7 +148,7 @@ class KFAC(PreconditionedOptimizer):
             1.0 if automatic or search else learning_rate, name=name, **kwargs
         )
         self._hide("line_search", search)
-        self._hide("length", StepLength(automatic, _momentum(momentum)))
+        self._hide("length", _length(automatic, momentum))
         self._hide("damping", get_damping(damping))
         if fisher not in FISHER_KINDS:
             raise ValueError(
@@ -196,12 +200,18 @@ class KFAC(PreconditionedOptimizer):
             config["learning_rate"] = keras.saving.serialize_keras_object(
                 self.line_search
             )
-        momentum = self.length.momentum
+        momentum = (
+            "auto" if self.length.momentum is None else self.length.momentum
+        )
+        if self.length.spring:
+            momentum = keras.saving.serialize_keras_object(
+                Spring(self.length.spring)
+            )
         damping = self.damping
         if not isinstance(damping, float):
             damping = keras.saving.serialize_keras_object(damping)
         config.update(
-            momentum="auto" if momentum is None else momentum,
+            momentum=momentum,
             damping=damping,
             fisher=self.fisher,
             factor_decay=self.factor_decay,
@@ -221,13 +231,18 @@ class KFAC(PreconditionedOptimizer):
         return config
 
 
-def _momentum(momentum: Any) -> float | None:
+def _length(automatic: bool, momentum: Any) -> StepLength:
+    if isinstance(momentum, dict):
+        momentum = keras.saving.deserialize_keras_object(momentum)
+    if isinstance(momentum, Spring):
+        return StepLength(automatic, 0.0, momentum.momentum)
     if momentum == "auto":
-        return None
+        return StepLength(automatic, None)
     number = isinstance(momentum, (int, float))
     if number and not isinstance(momentum, bool) and 0 <= momentum < 1:
-        return float(momentum)
+        return StepLength(automatic, float(momentum))
     raise ValueError(
-        "`momentum` must be 'auto' or a float in [0, 1). "
+        "`momentum` must be 'auto', a float in [0, 1) or a "
+        "keras_natgrad.Spring. "
         f"Received: momentum={momentum!r}"
     )

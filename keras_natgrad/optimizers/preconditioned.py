@@ -23,9 +23,7 @@ from keras_natgrad.optimizers.retraction import RetractingOptimizer
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.optimizers.summary import render_table
 from keras_natgrad.step import (
-    Damping,
     LevenbergMarquardt,
-    LineSearch,
     Refresh,
     StepLength,
     TrialStep,
@@ -64,34 +62,23 @@ class PreconditionedOptimizer(RetractingOptimizer):
     """Base class of optimizers with one Fisher block per layer.
 
     A subclass sets the settings below in its constructor; what happens in a
-    step is here, and is the same for every kind of block.
+    step is here, and is the same for every kind of block. `fisher` is one of
+    `FISHER_KINDS`.
 
     Attributes:
-        fisher: One of `FISHER_KINDS`.
         factor_decay: Decay of the running averages.
         refresh: `Refresh`, the periods.
         length: `StepLength`.
-        damping: `Damping`.
         block_options: `BlockOptions`.
         quadratic_model: `"exact"` or `"estimated"`.
-        norm_constraint: Largest `δᵀFδ`, or `None`.
-        line_search: `LineSearch` for α, or `None`.
-        log_statistics: Whether `fit` logs the statistics.
-        seed: Seed of the random cotangents.
         curvature: `BlockDiagonal`, once built.
     """
 
-    fisher: str
     factor_decay: float
     refresh: Refresh
     length: StepLength
-    damping: Damping
     block_options: BlockOptions
     quadratic_model: str
-    norm_constraint: float | None
-    line_search: LineSearch | None
-    log_statistics: bool
-    seed: int
     curvature: BlockDiagonal
 
     # -- State -----------------------------------------------------------
@@ -108,35 +95,21 @@ class PreconditionedOptimizer(RetractingOptimizer):
         ]
         self.curvature.build(names, add)
         velocities = []
-        if self.length.momentum != 0:
+        if self.length.momentum != 0 or self.length.spring:
             velocities = [
                 add(f"{name}_velocity", shape, "zeros")
                 for name, shape in zip(names, shapes, strict=True)
             ]
         self._hide("_velocities", velocities)
+        if self.length.spring:
+            # λ of the inverses in use.
+            self._hide("_inverted_at", add("inverted_at", (), "zeros"))
         ridge = [l2_curvature(variable.regularizer) for variable in variables]
         self._hide("_ridge", ridge)
         pairs = [
             (e.variables[0], e.variables[-1]) for e in self.curvature.entries
         ]
         self._hide("_ridge_rows", [Ridge(ridge[i], ridge[j]) for i, j in pairs])
-
-    @property
-    def statistics(self) -> dict[str, float]:
-        """What happened so far, as Python numbers.
-
-        Damping, reduction ratio, predicted loss change, learning rate and
-        momentum of the last step; counts of batches, updates of the
-        statistics, refreshes of the inverses, dampings raised by a failed
-        factorisation, factorisations given up, batches skipped and steps
-        taken back (retracted).
-        """
-        return self.state.to_dict() if self._curvature_built else {}
-
-    @override
-    @property
-    def uses_targets(self) -> bool:
-        return self.fisher == "empirical"
 
     def summary(self, print_fn: Any = None) -> None:
         """Prints what each layer got: block, shapes, memory, approximation.
@@ -153,20 +126,6 @@ class PreconditionedOptimizer(RetractingOptimizer):
         (print_fn or print)(text)
 
     # -- One step --------------------------------------------------------
-
-    @override
-    @property
-    def needs_objective(self) -> bool:
-        return self.line_search is not None or isinstance(
-            self.damping, LevenbergMarquardt
-        )
-
-    @override
-    def step_logs(self) -> dict[str, tf.Tensor]:
-        if not self.log_statistics:
-            return {}
-        tensors = self.state.to_tensors()
-        return {f"{self.name}_{key}": value for key, value in tensors.items()}
 
     @override
     def observe(self, observation: Observation) -> None:
@@ -219,7 +178,7 @@ class PreconditionedOptimizer(RetractingOptimizer):
         forced = tf.equal(self.state.refresh_at.value, 0)
         self._refresh_if(forced)
         matrices = self.curvature.to_matrices(gradients)
-        solved = self.curvature.precondition(matrices)
+        solved = self.curvature.precondition(self._pulled(matrices))
         if self.line_search is not None:
             rate *= self._search(observation, solved)
         if self._needs_gram:
@@ -232,13 +191,28 @@ class PreconditionedOptimizer(RetractingOptimizer):
         self._move(solved, coefficients)
         if self._guarded:
             self.state.guard.accept(observation.tape.loss)
-        self.state.note(learning_rate=coefficients[0], momentum=coefficients[1])
+        self.state.note(
+            learning_rate=coefficients[0],
+            momentum=coefficients[1] + self.length.spring,
+        )
         if model is not None:
             self.state.note(model_change=model.change)
             self._adapt_damping(observation, model)
         # An inverse that knows the batch it is applied to fits its noise: the
         # statistics of this batch serve the next ones.
         self._refresh_if(due & ~forced)
+
+    def _pulled(self, gradients: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
+        """Returns `∇ + λ μ φ₋₁` of SPRING, or the gradient as it is."""
+        if not self.length.spring:
+            return gradients
+        # The last update is −α φ₋₁; zero where it was taken back.
+        pull = -tf.math.divide_no_nan(
+            self.length.spring * self._inverted_at.value,
+            self.state.last("learning_rate"),
+        )
+        last = self.curvature.to_matrices(self._velocities)
+        return [g + pull * v for g, v in zip(gradients, last, strict=True)]
 
     def _search(
         self, observation: Observation, solved: Sequence[tf.Tensor]
@@ -267,7 +241,7 @@ class PreconditionedOptimizer(RetractingOptimizer):
     ) -> tuple[tf.Tensor, SolvedModel]:
         """Returns the coefficients of (−P∇, δ₋₁) and what they promise."""
         candidates = [list(solved)]
-        if self._velocities:
+        if self.length.momentum != 0:
             candidates.append(self.curvature.to_matrices(self._velocities))
         # The first candidate enters with its sign here, once.
         signs = tf.constant([-1.0, 1.0], rate.dtype)
@@ -332,9 +306,10 @@ class PreconditionedOptimizer(RetractingOptimizer):
         step = tf.convert_to_tensor(self.iterations)
 
         def refresh() -> tf.Tensor:
-            retries, failures = self.curvature.refresh(
-                self._inverse_damping(), self._ridge
-            )
+            damping = self._inverse_damping()
+            if self.length.spring:
+                self._inverted_at.assign(damping)
+            retries, failures = self.curvature.refresh(damping, self._ridge)
             self.state.increment(
                 refreshes=1, retries=retries, failures=failures
             )

@@ -8,25 +8,21 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad import _compat
-from keras_natgrad.optimizers.base import CurvatureOptimizer, Observation
-from keras_natgrad.optimizers.state import StepState
-from keras_natgrad.step import Damping, LevenbergMarquardt
+from keras_natgrad.optimizers.adaptive import AdaptiveOptimizer
+from keras_natgrad.optimizers.base import Observation
+from keras_natgrad.step import LevenbergMarquardt
 from keras_natgrad.step.guard import loss_before
 
 # Factor of the damping after a step that made the loss surge.
 _RETRACTION = 10.0
 
 
-class RetractingOptimizer(CurvatureOptimizer):
+class RetractingOptimizer(AdaptiveOptimizer):
     """Base class of optimizers with the guard of `step.guard`.
 
-    Attributes:
-        damping: `Damping`; the guard works with an adaptive one only.
-        state: `StepState`, once built.
+    The guard works with an adaptive damping only.
     """
 
-    damping: Damping
-    state: StepState
     _velocities: list[Any]
 
     @override

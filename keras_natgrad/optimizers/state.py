@@ -76,6 +76,10 @@ class StepState:
         """Returns one counter, an int32 scalar."""
         return self._counters.value[COUNTERS.index(name)]
 
+    def last(self, name: str) -> tf.Tensor:
+        """Returns one scalar of the last step."""
+        return self._last.value[STATISTICS.index(name)]
+
     def increment(self, **amounts: int | tf.Tensor) -> None:
         """Adds to counters by name."""
         change = [tf.cast(amounts.get(name, 0), tf.int32) for name in COUNTERS]

@@ -14,7 +14,8 @@ from keras_natgrad.capture import Plan
 from keras_natgrad.curvature import BlockDiagonal, BlockOptions, CapturedPass
 from keras_natgrad.curvature.factor_columns import Columns
 from keras_natgrad.curvature.network_factor import NetworkFactor
-from keras_natgrad.optimizers.base import CurvatureOptimizer, Observation
+from keras_natgrad.optimizers.adaptive import AdaptiveOptimizer
+from keras_natgrad.optimizers.base import Observation
 from keras_natgrad.optimizers.residuals import ResidualObservation
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.optimizers.summary import render_solver
@@ -31,9 +32,7 @@ from keras_natgrad.solvers import (
 from keras_natgrad.solvers.factor import inner, rounding_of, scale
 from keras_natgrad.solvers.remainder import remainder
 from keras_natgrad.step import (
-    Damping,
     LevenbergMarquardt,
-    LineSearch,
     Refresh,
     TrialStep,
     is_multiple,
@@ -47,36 +46,23 @@ _DECAY = 0.95
 _REFRESH = Refresh(1, 20, growth=0.15)
 
 
-class WholeNetworkOptimizer(CurvatureOptimizer):
+class WholeNetworkOptimizer(AdaptiveOptimizer):
     """Base class of optimizers that solve one system for all layers.
 
-    A subclass sets the settings below in its constructor.
+    A subclass sets the settings below in its constructor; `fisher` is one of
+    `COLUMN_KINDS`.
 
     Attributes:
-        damping: `Damping`.
         solver: `Solver`, or `None` to choose one at the first step.
         chosen_solver: The solver in use, `None` before the first step.
         momentum: μ of SPRING.
-        fisher: One of `COLUMN_KINDS`.
-        line_search: `LineSearch`, or `None` for the learning rate alone.
-        norm_constraint: Largest `δᵀFδ`, or `None`.
         max_elements: Most elements of memory that a solver may use.
-        log_statistics: Whether `fit` logs the statistics.
-        seed: Seed of the draws.
-        state: `StepState`, once built.
     """
 
-    damping: Damping
     solver: Solver | None
     chosen_solver: Solver | None
     momentum: float
-    fisher: str
-    line_search: LineSearch | None
-    norm_constraint: float | None
     max_elements: int
-    log_statistics: bool
-    seed: int
-    state: StepState
 
     # -- State -----------------------------------------------------------
 
@@ -128,16 +114,6 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
             ]
         self._hide("_previous", previous)
 
-    @property
-    def statistics(self) -> dict[str, float]:
-        """What happened so far, as Python numbers.
-
-        Damping, reduction ratio, predicted loss change and learning rate of
-        the last step; counts of batches, raised dampings, failed solutions,
-        batches skipped and steps taken back (retracted).
-        """
-        return self.state.to_dict() if self.built else {}
-
     def summary(self, print_fn: Any = None) -> None:
         """Prints the solver and the layers that it covers.
 
@@ -153,25 +129,6 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
         (print_fn or print)(text)
 
     # -- One step --------------------------------------------------------
-
-    @override
-    @property
-    def needs_objective(self) -> bool:
-        return self.line_search is not None or isinstance(
-            self.damping, LevenbergMarquardt
-        )
-
-    @override
-    @property
-    def uses_targets(self) -> bool:
-        return self.fisher == "empirical"
-
-    @override
-    def step_logs(self) -> dict[str, tf.Tensor]:
-        if not self.log_statistics:
-            return {}
-        tensors = self.state.to_tensors()
-        return {f"{self.name}_{key}": value for key, value in tensors.items()}
 
     @override
     def observe(self, observation: Observation) -> None:
@@ -341,12 +298,11 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
         if self.norm_constraint is not None:
             rate *= norm_scale(rate**2 * norm, self.norm_constraint)
         trial.place(rate)
-        for variable, tensor in zip(self._previous, tensors, strict=False):
-            variable.assign(tensor)
         self.state.note(
             learning_rate=rate, momentum=tf.constant(self.momentum, dtype)
         )
         if not isinstance(rule, LevenbergMarquardt) or objective is None:
+            self._remember(tensors, tf.constant(False))
             return
         ridge = self._damping_like(loss) * inner(direction, direction)
         change = 0.5 * rate**2 * (norm + ridge)
@@ -360,10 +316,19 @@ class WholeNetworkOptimizer(CurvatureOptimizer):
             rejected = ~(true_change <= noise)
             self._adapt(rule, true_change, change, share, rejected)
             trial.take_back(rejected)
-            return tf.constant(0)
+            return rejected
 
         due = is_multiple(tf.convert_to_tensor(self.iterations), rule.period)
-        tf.cond(due, adapt, lambda: tf.constant(0))
+        rejected = tf.cond(due, adapt, lambda: tf.constant(False))
+        self._remember(tensors, rejected)
+
+    def _remember(
+        self, tensors: Sequence[tf.Tensor], rejected: tf.Tensor
+    ) -> None:
+        """Keeps the direction for the next step, unless it was rejected."""
+        # Without momentum and warm start there are no such variables.
+        for variable, tensor in zip(self._previous, tensors, strict=False):
+            variable.assign(tf.where(rejected, variable.value, tensor))
 
     def _adapt(
         self,

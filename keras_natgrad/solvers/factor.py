@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_natgrad.linalg import random_signs, scalar
+
 # A point in parameter space: one tensor per block or variable.
 Direction = Sequence[tf.Tensor]
 
@@ -79,7 +81,8 @@ class FisherFactor(abc.ABC):
 
     def trace_estimate(self) -> tf.Tensor:
         """Returns `‖A ε‖²` for random signs ε; its mean is the trace of F."""
-        signs = random_signs(self.residual(), 0)
+        residual = self.residual()
+        signs = random_signs(tf.shape(residual), (0, 0), residual.dtype)
         return tf.add_n(
             [tf.reduce_sum(tf.square(part)) for part in self.product(signs)]
         )
@@ -188,7 +191,7 @@ def add(left: Direction, right: Direction) -> list[tf.Tensor]:
 
 def scale(factor: tf.Tensor | float, direction: Direction) -> list[tf.Tensor]:
     """Returns a multiple of a direction."""
-    return [tf.cast(factor, part.dtype) * part for part in direction]
+    return [scalar(factor, part.dtype) * part for part in direction]
 
 
 def inner(left: Direction, right: Direction) -> tf.Tensor:
@@ -201,14 +204,6 @@ def inner(left: Direction, right: Direction) -> tf.Tensor:
 def is_zero(direction: Direction) -> tf.Tensor:
     """Returns whether a direction is zero."""
     return tf.equal(tf.add_n([tf.reduce_sum(tf.abs(d)) for d in direction]), 0)
-
-
-def random_signs(like: tf.Tensor, stream: int) -> tf.Tensor:
-    """Returns ±1 in the shape and dtype of a vector, always the same."""
-    bits = tf.random.stateless_uniform(
-        tf.shape(like), (0, stream), 0, 2, tf.int32, alg="philox"
-    )
-    return tf.cast(2 * bits - 1, like.dtype)
 
 
 def rounding_of(dtype: tf.DType) -> tf.Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from keras_natgrad.linalg import random_signs
 from keras_natgrad.solvers.factor import (
     Direction,
     FisherFactor,
     inner,
-    random_signs,
     rounding_of,
 )
 
@@ -26,7 +26,7 @@ def remainder(factor: FisherFactor, gradient: Direction) -> list[tf.Tensor]:
         gradient: ∇.
     """
     residual = factor.residual()
-    signs = random_signs(residual, 1)
+    signs = random_signs(tf.shape(residual), (0, 1), residual.dtype)
     known, size = factor.product(residual), factor.product(signs * residual)
     rest = [g - k for g, k in zip(gradient, known, strict=True)]
     bound = inner(size, size) + inner(known, known)

@@ -6,6 +6,7 @@ from keras_natgrad.step.length import StepLength, quadratic_coefficients
 from keras_natgrad.step.line_search import LineSearch
 from keras_natgrad.step.line_search import get as get_line_search
 from keras_natgrad.step.refresh import Refresh, is_multiple
+from keras_natgrad.step.spring import Spring
 from keras_natgrad.step.trial import TrialStep
 from keras_natgrad.step.trust_region import norm_scale
 
@@ -14,6 +15,7 @@ __all__ = [
     "LevenbergMarquardt",
     "LineSearch",
     "Refresh",
+    "Spring",
     "StepLength",
     "TrialStep",
     "get_damping",

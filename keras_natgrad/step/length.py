@@ -20,10 +20,13 @@ class StepLength:
     Attributes:
         automatic_rate: α from the quadratic model.
         momentum: μ, or `None` for μ from the quadratic model.
+        spring: μ of SPRING, which is part of Δ; zero for none. The momentum is
+            zero then.
     """
 
     automatic_rate: bool
     momentum: float | None
+    spring: float = 0.0
 
     @property
     def needs_model(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -155,10 +154,7 @@ class ResidualModel(keras.Model):
 
     def _build_optimizer(self) -> None:
         """Attaches the optimizer, which keeps its state through saving."""
-        with warnings.catch_warnings():
-            # The Jacobian of residuals asks for no captured layers.
-            warnings.filterwarnings("ignore", "These variables have no")
-            self.optimizer.attach(self).build(self.trainable_variables)
+        self.optimizer.attach(self).build(self.trainable_variables)
 
     def _pairs(
         self, data: Any

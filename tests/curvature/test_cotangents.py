@@ -11,7 +11,6 @@ from keras_natgrad.curvature import OutputTerm, random_cotangents
 from keras_natgrad.curvature.cotangents import (
     column_cotangents,
     example_weights,
-    random_signs,
 )
 
 HEADS = [heads.Normal(0.7), heads.Bernoulli(), heads.Categorical()]
@@ -135,24 +134,14 @@ def test_example_weights_sum_over_terms_and_positions():
     np.testing.assert_allclose(example_weights([one, two]), expected)
 
 
-def test_random_signs():
-    like = tf.zeros([1], tf.float64)
-    signs = random_signs([1000], tf.constant([1, 2]), like)
-    assert signs.dtype == tf.float64
-    assert set(np.unique(signs)) == {-1.0, 1.0}
-    assert abs(np.mean(signs)) < 0.16  # five standard errors
-    again = random_signs([1000], tf.constant([1, 2]), like)
-    other = random_signs([1000], tf.constant([1, 3]), like)
-    np.testing.assert_array_equal(signs, again)
-    assert np.any(signs != other)
-    for compiled in (False, True):
-        traced = tf.function(random_signs, jit_compile=compiled)
-        shape = tf.constant([1000])
-        np.testing.assert_array_equal(
-            traced(shape, tf.constant([1, 2]), like), signs
-        )
-
-
-def test_signs_of_half_precision_outputs_are_float32():
-    signs = random_signs([4], tf.constant([1, 2]), tf.zeros([1], tf.bfloat16))
-    assert signs.dtype == tf.float32
+def test_cotangents_of_half_precision_outputs():
+    outputs = tf.zeros([4, 2], tf.bfloat16)
+    term = OutputTerm(outputs, heads.Normal(), tf.ones([4]))
+    seed = tf.constant([1, 2])
+    (propagated,) = random_cotangents([term], "propagated", seed)
+    column = column_cotangents([term], 0, tf.constant(0), seed)[0]
+    assert propagated.dtype == column.dtype == tf.bfloat16
+    assert set(np.unique(tf.cast(propagated, tf.float32))) == {-1.0, 1.0}
+    np.testing.assert_array_equal(
+        tf.abs(tf.cast(column, tf.float32)), [[1.0, 0.0]] * 4
+    )

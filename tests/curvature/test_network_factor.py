@@ -86,7 +86,7 @@ def build(record, name, kind="exact", max_elements=2**20):
     return recorded, factor, trace, loss
 
 
-def close(found, expected, tolerance=1e-10):
+def assert_close(found, expected, tolerance=1e-10):
     np.testing.assert_allclose(
         found, expected, 0, tolerance * np.abs(expected).max()
     )
@@ -96,7 +96,9 @@ def close(found, expected, tolerance=1e-10):
 def test_matrix(record, name):
     recorded, factor, trace, _ = build(record, name)
     matrix = factor.matrix().numpy()
-    close(matrix @ matrix.T, fisher.dense(trace, recorded.reference_terms))
+    assert_close(
+        matrix @ matrix.T, fisher.dense(trace, recorded.reference_terms)
+    )
     assert matrix.shape == (factor.size, factor.column_count)
 
 
@@ -104,7 +106,7 @@ def test_matrix(record, name):
 def test_kernel(record, name):
     _, factor, _, _ = build(record, name)
     matrix = factor.matrix().numpy()
-    close(factor.gram(), matrix.T @ matrix)
+    assert_close(factor.gram(), matrix.T @ matrix)
 
 
 @pytest.mark.parametrize("name", ["sequence", "shared"])
@@ -112,7 +114,7 @@ def test_kernel_in_chunks(record, name):
     """A small bound on the temporaries makes one chunk per row."""
     _, factor, _, _ = build(record, name, max_elements=1)
     matrix = factor.matrix().numpy()
-    close(factor.gram(), matrix.T @ matrix)
+    assert_close(factor.gram(), matrix.T @ matrix)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -122,12 +124,12 @@ def test_products(record, name):
     generator = np.random.default_rng(2)
     vector = generator.normal(size=factor.column_count)
     product = factor.product(tf.constant(vector))
-    close(factor.flatten(product), matrix @ vector)
+    assert_close(factor.flatten(product), matrix @ vector)
     direction = generator.normal(size=factor.size)
     found = factor.transpose_product(factor.unflatten(tf.constant(direction)))
-    close(found, matrix.T @ direction)
+    assert_close(found, matrix.T @ direction)
     tensors = factor.to_tensors(factor.unflatten(tf.constant(direction)))
-    close(factor.flatten(factor.from_tensors(tensors)), direction)
+    assert_close(factor.flatten(factor.from_tensors(tensors)), direction)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -141,7 +143,7 @@ def test_residual_explains_the_gradient(record, name):
         # The gradient of this loss leaves the range of the softmax Fisher.
         assert np.linalg.norm(found - expected) > 1e-3
         return
-    close(found, expected)
+    assert_close(found, expected)
 
 
 def test_categorical_residual(record):
@@ -157,7 +159,7 @@ def test_categorical_residual(record):
     factor = NetworkFactor(recorded.captured, columns, loss, 2**20)
     gradients = recorded.tape.gradient(loss, recorded.captured.variables)
     expected = factor.flatten(factor.from_tensors(gradients))
-    close(factor.flatten(factor.product(factor.residual())), expected)
+    assert_close(factor.flatten(factor.product(factor.residual())), expected)
     p = tf.nn.softmax(term.outputs).numpy()
     whitened = (p - np.eye(3)[labels]) / np.sqrt(p)
     norm = np.sum(term.coefficients.numpy() * np.sum(whitened**2, axis=-1))
@@ -172,7 +174,7 @@ def test_empirical(record):
     for parameter, entry in enumerate(recorded.curvature.entries):
         stop = start + entry.block.shape.size
         expected = fisher.empirical(trace, recorded.reference_terms, parameter)
-        close(found[start:stop, start:stop], expected)
+        assert_close(found[start:stop, start:stop], expected)
         start = stop
     # One column per example, and more than one: no product of mean gradients.
     assert np.linalg.matrix_rank(found) == 6
@@ -217,8 +219,8 @@ def test_fallback_variables(record):
     columns = [
         factor.flatten(factor.product(tf.constant(unit))) for unit in identity
     ]
-    close(matrix, np.stack(columns, axis=1))
-    close(factor.gram(), matrix.T @ matrix)
+    assert_close(matrix, np.stack(columns, axis=1))
+    assert_close(factor.gram(), matrix.T @ matrix)
     assert len(recorded.captured.fallbacks) == 2
 
 

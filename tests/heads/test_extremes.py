@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow_probability as tfp
 
 from keras_natgrad import heads
 
@@ -65,6 +66,10 @@ CASES = {
         mixed((2, 1e6), (2, LOG)),
     ),
     "dirichlet": (heads.Dirichlet("exp"), mixed((4, LOG))),
+    "dirichlet_multinomial": (
+        heads.DirichletMultinomial(30, "exp"),
+        mixed((4, LOG)),
+    ),
     "ordered_given": (
         heads.OrderedLogistic([-1e3, -1.0, -1.0 + 1e-6, 27.6]),
         mixed((1, 2e3)),
@@ -162,3 +167,50 @@ def test_scores_at_extremes(name):
     targets = head.sample(drawn_at, [0, 1])
     assert np.all(np.isfinite(head.log_prob(outputs, targets)))
     assert np.all(np.isfinite(heads.Head.score(head, outputs, targets)))
+
+
+def normals(diagonal, dimension):
+    """Means up to 1e6, scales from 1e-6 to 1e6; correlated by the triangle."""
+    rng, count = np.random.default_rng(3), 10_000
+    loc = rng.uniform(-1e6, 1e6, size=(count, dimension))
+    raw = rng.uniform(-LOG, LOG, size=(count, dimension))
+    if diagonal:
+        return np.concatenate([loc, raw], axis=-1)
+    # Rows in the unit of their scale, as a covariance has them.
+    triangle = np.tril(rng.normal(size=(count, dimension, dimension)), -1)
+    triangle *= np.exp(raw)[:, :, None]
+    triangle += np.eye(dimension) * raw[:, :, None]
+    rest = tfp.math.fill_triangular_inverse(triangle).numpy()
+    return np.concatenate([loc, rest], axis=-1)
+
+
+@pytest.mark.parametrize("dimension", [3, 5])
+@pytest.mark.parametrize(
+    "head",
+    [
+        heads.MultivariateNormalTriL("exp"),
+        heads.MultivariateNormalDiag("exp"),
+    ],
+    ids=["tril", "diag"],
+)
+def test_multivariate_normal_at_extremes(head, dimension):
+    """10 000 parameters: finite, semidefinite, and those of float64."""
+    diagonal = isinstance(head, heads.MultivariateNormalDiag)
+    outputs = normals(diagonal, dimension).astype(np.float32)
+    head.validate(outputs.shape)
+    fisher = head.fisher(outputs).numpy().astype(float)
+    assert np.all(np.isfinite(fisher))
+    scale = np.einsum("nii->ni", fisher) ** -0.5
+    assert np.all(np.isfinite(scale))
+    normed = fisher * scale[:, :, None] * scale[:, None, :]
+    assert np.linalg.eigvalsh(normed).min() > -1e-5
+    ones = np.ones_like(outputs)
+    for product in (
+        head.fisher_factor_product(outputs, ones),
+        head.fisher_factor_transpose_product(outputs, ones),
+        head.natural_gradient(outputs[:100], ones[:100]),
+    ):
+        assert np.all(np.isfinite(product))
+    exact = head.fisher(outputs.astype(float)).numpy()
+    error = (fisher - exact) * scale[:, :, None] * scale[:, None, :]
+    assert np.abs(error).max() < 2e-4

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from scipy.optimize import brentq
 from scipy.special import logsumexp
 from scipy.stats import norm
 
@@ -148,6 +149,67 @@ def test_log_prob_mean_and_stddev():
     head.validate_targets(OUTPUTS, head.sample(OUTPUTS, [0, 1]))
 
 
+def mixture_of(eta):
+    """Shares and SciPy's components."""
+    logits, loc, raw = np.split(eta, 3)
+    scale = np.log1p(np.exp(raw)) + 1e-6
+    return np.exp(logits - logsumexp(logits)), norm(loc, scale)
+
+
+def test_cdf():
+    head, y = heads.NormalMixture(3), np.array([0.1, -1.0, 2.0, -40.0])
+    expected = []
+    for eta, value in zip(OUTPUTS, y, strict=True):
+        shares, components = mixture_of(eta)
+        expected.append(shares @ components.cdf(value))
+    for targets in (y, y[:, None]):
+        np.testing.assert_allclose(
+            head.cdf(OUTPUTS, targets), expected, rtol=1e-10
+        )
+
+
+@pytest.mark.parametrize(
+    "probability", [1e-12, 1e-3, 0.3, 0.5, 0.9, 1.0 - 1e-9]
+)
+def test_quantile(probability):
+    """A root of SciPy's distribution function, on the smaller tail."""
+    head, expected = heads.NormalMixture(3), []
+    outputs = np.concatenate([OUTPUTS, OUTPUTS[:2]])
+    outputs[-2, 3:6] *= 1e3  # Components with nothing in between.
+    outputs[-1, 3:] = 0.5  # Components that are all the same.
+    for eta in outputs:
+        shares, components = mixture_of(eta)
+        ends = components.ppf(probability)
+
+        def excess(value, shares=shares, components=components):
+            if probability > 0.5:
+                return 1.0 - probability - shares @ components.sf(value)
+            return shares @ components.cdf(value) - probability
+
+        width = 1e-6 + 1e-9 * np.ptp(ends)
+        expected.append(
+            brentq(excess, ends.min() - width, ends.max() + width, xtol=1e-14)
+        )
+    found = head.quantile(outputs, probability)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(head.cdf(outputs, found), probability, rtol=1e-9)
+    single = head.quantile(outputs.astype(np.float32), probability)
+    assert single.dtype == tf.float32
+    np.testing.assert_allclose(single, expected, rtol=1e-3)
+
+
+def test_quantile_compiles():
+    head = heads.NormalMixture(3)
+    compiled = tf.function(
+        lambda x: head.quantile(x, 0.9),
+        input_signature=[tf.TensorSpec([None, 9], tf.float64)],
+        jit_compile=True,
+    )
+    np.testing.assert_allclose(
+        compiled(tf.constant(OUTPUTS)), head.quantile(OUTPUTS, 0.9), rtol=1e-9
+    )
+
+
 @pytest.mark.parametrize("fisher", heads.mixture.METHODS)
 def test_every_product_compiles(fisher):
     head = heads.NormalMixture(3, fisher=fisher, samples=5)
@@ -195,6 +257,10 @@ def test_head_survives_saving():
         (lambda: heads.NormalMixture(2, "sigmoid"), "`scale` must be"),
         (lambda: heads.NormalMixture(2, fisher="exact"), "`fisher` must be"),
         (lambda: heads.NormalMixture(2, samples=0), "`samples` must be"),
+        (
+            lambda: heads.NormalMixture(2).quantile(np.zeros([1, 6]), 1.0),
+            "`probability` must be",
+        ),
         (
             lambda: heads.NormalMixture(2).validate((None, 4)),
             r"takes 6 outputs \(logits, loc, scale of all",

@@ -182,6 +182,19 @@ def test_pseudo_inverse_solve(rank):
     np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
 
 
+def test_pseudo_inverse_solve_of_a_batch():
+    root = np.random.default_rng(0).normal(size=(2, 5, 3))
+    matrix = root @ root.swapaxes(-1, -2)
+    matrix[1] *= 1e-20  # Each matrix has a cutoff of its own.
+    right = np.random.default_rng(1).normal(size=(2, 5))
+    inverse = np.linalg.pinv(matrix, rcond=1e-12, hermitian=True)
+    np.testing.assert_allclose(
+        pseudo_inverse_solve(tf.constant(matrix), tf.constant(right)),
+        np.einsum("bij,bj->bi", inverse, right),
+        rtol=1e-9,
+    )
+
+
 def test_pseudo_inverse_cutoff():
     values = np.array([1.0, 1e-2, 1e-5])
     found = pseudo_inverse_solve(

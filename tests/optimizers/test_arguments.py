@@ -20,6 +20,7 @@ from tests.training.networks import compiled, cross_entropy, data, mlp
         ({"momentum": 1.0}, "momentum=1.0"),
         ({"momentum": -0.1}, "momentum=-0.1"),
         ({"momentum": "nesterov"}, "momentum='nesterov'"),
+        ({"momentum": None}, "momentum=None"),
         ({"fisher": "true"}, "fisher='true'"),
         ({"block": "lattice"}, "'lattice'"),
         ({"weight_sharing": "sum"}, "weight_sharing='sum'"),

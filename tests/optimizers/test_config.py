@@ -45,6 +45,7 @@ def test_damping(name):
         {},
         {"learning_rate": 0.25, "momentum": 0.9},
         {"learning_rate": "auto", "momentum": "auto"},
+        {"learning_rate": 0.25, "momentum": kng.Spring(0.7)},
         {
             "learning_rate": keras.optimizers.schedules.ExponentialDecay(
                 1.0, 10, 0.9

@@ -22,7 +22,9 @@ FIT = {"batch_size": 8, "shuffle": False, "verbose": 0}
 
 OPTIMIZERS = {
     "kfac": kng.KFAC,
-    "kfac_search": lambda **kw: kng.KFAC(kng.LineSearch(), 0.0, 0.01, **kw),
+    "kfac_search": lambda **kw: kng.KFAC(
+        kng.LineSearch(), kng.Spring(0.5), 0.01, **kw
+    ),
     "natural_gradient": kng.NaturalGradient,
     "kernel": lambda **kw: kng.NaturalGradient(0.5, 0.1, "kernel", 0.5, **kw),
     "cg": lambda **kw: kng.NaturalGradient(

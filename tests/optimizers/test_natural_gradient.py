@@ -161,6 +161,46 @@ def test_a_step_that_raises_the_loss_is_taken_back(float64):
     assert all(a >= b - 1e-9 for a, b in zip(losses, losses[1:], strict=False))
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"solver": "kernel", "momentum": 0.7},
+        {"solver": "cg"},
+    ],
+    ids=["spring", "warm start"],
+)
+def test_a_step_taken_back_leaves_the_previous_direction(kwargs, float64):
+    """The next step must not start from a direction that was no good."""
+    model, loss, x, y = problem("categorical")
+    rule = kng.LevenbergMarquardt(
+        initial=1.0, period=1, minimum=0.0, inverse_ratio=1.0
+    )
+    optimizer = kng.NaturalGradient(damping=rule, **kwargs).attach(model)
+    model.compile(optimizer, loss)
+
+    def previous():
+        return [
+            variable.numpy()
+            for variable in optimizer.variables
+            if variable.name.endswith("_direction")
+        ]
+
+    model.train_on_batch(x, y)
+    kept = previous()
+    assert optimizer.statistics["retracted"] == 0
+    assert all(np.any(value) for value in kept)
+    # Next to no damping: a step that is far too long.
+    optimizer.state.damping.assign(1e-12)
+    model.train_on_batch(x, y)
+    assert optimizer.statistics["retracted"] == 1
+    assert_close(previous(), kept, 0, 0)
+    optimizer.state.damping.assign(1.0)
+    model.train_on_batch(x, y)
+    assert optimizer.statistics["retracted"] == 1
+    moved = zip(previous(), kept, strict=True)
+    assert all(np.any(new != old) for new, old in moved)
+
+
 def test_loss_times_a_thousand_is_the_same_run(float64):
     results = []
     for scale in (None, 1000.0):

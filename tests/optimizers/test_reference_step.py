@@ -46,9 +46,12 @@ def make_optimizer(settings, **kwargs):
             initial="auto", **dataclasses.asdict(settings.damping)
         )
     rate, momentum = settings.learning_rate, settings.momentum
+    momentum = "auto" if momentum is None else momentum
+    if settings.spring:
+        momentum = kng.Spring(settings.spring)
     options = dict(
         learning_rate="auto" if rate is None else rate,
-        momentum="auto" if momentum is None else momentum,
+        momentum=momentum,
         damping=rule,
         fisher="exact",
         factor_decay=settings.factor_decay,
@@ -199,6 +202,39 @@ def test_plain_natural_gradient_without_momentum_and_memory():
 def test_one_coefficient_from_the_model(rate, momentum):
     settings = Settings(rate, momentum, 0.25, factor_decay=0.75)
     check_steps(mlp([3, 4, 3]), settings, "categorical")
+
+
+@pytest.mark.parametrize(
+    ("rate", "damping", "eager"),
+    [(0.3, 0.25, True), (None, MODEL_RULE, True), (0.3, MODEL_RULE, False)],
+    ids=["fixed", "automatic", "traced"],
+)
+def test_spring(rate, damping, eager):
+    """`φ = P (∇ + λ μ φ₋₁)`, λ being that of the inverse P in use."""
+    settings = Settings(
+        rate, 0.0, damping, 0.75, spring=0.8, inverse_period=2, l2_kernel=0.0625
+    )
+    check_steps(mlp([3, 4, 3]), settings, "categorical", 6, eager=eager)
+
+
+def test_spring_with_a_full_block_is_that_of_the_natural_gradient():
+    """One linear layer: its Fisher is that of the network, and constant."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(BATCH, 8)), rng.normal(size=(BATCH, 2))
+    models = [mlp([8, 2]) for _ in range(2)]
+    models[1].set_weights(models[0].get_weights())
+    optimizers = [
+        kng.NaturalGradient(0.3, 0.05, "dense", momentum=0.8),
+        kng.KFAC(0.3, kng.Spring(0.8), 0.05, block="full", fisher="exact"),
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model.compile(optimizer.attach(model), "mse", run_eagerly=True)
+    for _ in range(5):
+        # More parameters than residuals: directions that only μ reaches.
+        for model in models:
+            model.train_on_batch(x, y)
+        for a, b in zip(*(m.get_weights() for m in models), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9)
 
 
 def test_periods():

@@ -171,6 +171,7 @@ class Settings:
     l2_kernel: float = 0.0
     l2_bias: float = 0.0
     weight_sharing: str = "expand"
+    spring: float = 0.0
 
 
 @dataclass
@@ -186,12 +187,15 @@ class ReferenceKFAC:
     inverses: list[tuple[Array, Array]] = field(default_factory=list)
     velocities: list[Array] = field(default_factory=list)
     coefficients: Array | None = None
+    inverted_at: float = 0.0
+    previous: list[Array] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         decay = self.settings.factor_decay
         matrices = self.network.matrices
         self.averages = [(Average(decay), Average(decay)) for _ in matrices]
         self.velocities = [np.zeros_like(m) for m in matrices]
+        self.previous = [np.zeros_like(m) for m in matrices]
 
     # Regularizers: l2 ‖w‖² has gradient 2 l2 w and curvature 2 l2.
 
@@ -224,6 +228,7 @@ class ReferenceKFAC:
         damping, rule = self.damping, self.settings.damping
         if isinstance(rule, LevenbergMarquardt):
             damping = damping * rule.inverse_ratio
+        self.inverted_at = damping
         damping = damping + 2.0 * self.settings.l2_kernel
         self.inverses = [
             factored_inverses(a.mean(), g.mean(), damping)
@@ -271,12 +276,15 @@ class ReferenceKFAC:
             self.damping = rule.relative * self._mean_eigenvalue()
         if self.iteration == 0:
             self._refresh()
+        # SPRING: (F + λI) φ = ∇ + λ μ φ₋₁.
+        pull = settings.spring * self.inverted_at
         directions = [
-            -left @ gradient @ right
-            for gradient, (left, right) in zip(
-                gradients, self.inverses, strict=True
+            -left @ (gradient + pull * previous) @ right
+            for gradient, previous, (left, right) in zip(
+                gradients, self.previous, self.inverses, strict=True
             )
         ]
+        self.previous = [-direction for direction in directions]
 
         def flat(parts: Sequence[Array]) -> Array:
             return np.concatenate([part.ravel() for part in parts])
@@ -292,7 +300,7 @@ class ReferenceKFAC:
             norm = c @ gram @ c
             if norm > settings.norm_constraint:
                 c = c * np.sqrt(settings.norm_constraint / norm)
-        self.coefficients = c
+        self.coefficients = c + np.array([0.0, settings.spring])
         self.velocities = [
             c[0] * d + c[1] * v
             for d, v in zip(directions, self.velocities, strict=True)

@@ -1,0 +1,61 @@
+"""Momentum that keeps what the batch says nothing about."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import keras
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+@dataclass(frozen=True)
+class Spring:
+    r"""SPRING momentum for optimizers that precondition layer by layer.
+
+    The update is `−α φ` with
+
+        (F + λI) φ = ∇ + λ μ φ₋₁,
+
+    which pulls φ towards `μ φ₋₁` instead of zero: directions whose curvature
+    is below the damping λ keep the momentum μ, the others forget. `(F + λI)⁻¹`
+    is the preconditioner, which must damp: without damping nothing is kept.
+    The damping of a Kronecker product, split over its factors, exceeds λ where
+    one factor is large, and so forgets more.
+
+    Args:
+        momentum: μ, in (0, 1). Defaults to `0.9`.
+
+    Raises:
+        ValueError: If `momentum` is out of range.
+
+    Example:
+
+    ```python
+    optimizer = keras_natgrad.KFAC(
+        learning_rate=0.1, momentum=keras_natgrad.Spring(0.9), damping=1e-3
+    )
+    ```
+
+    References:
+        - Goldshlager, Abrahamsen & Lin, 2024, arXiv:2401.10190.
+    """
+
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.momentum, (int, float))
+        if not number or not 0 < self.momentum < 1:
+            raise ValueError(
+                "`momentum` of SPRING must be in (0, 1). "
+                f"Received: momentum={self.momentum!r}"
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Spring:
+        """Recreates the rule from `get_config`."""
+        return cls(**config)
