@@ -29,7 +29,7 @@ class Whiten(keras.callbacks.Callback):
             some hundreds to thousands of training examples.
         period: Steps between whitenings. The first is before the first step.
             Defaults to `100`.
-        damping: ε, added to the covariance; non-negative. Defaults to `0.01`.
+        damping: ε, added to the covariance; non-negative. Defaults to `0.1`.
         relative_damping: Whether ε counts in mean eigenvalues of each
             layer's covariance. Defaults to `True`.
 
@@ -50,7 +50,7 @@ class Whiten(keras.callbacks.Callback):
         self,
         x: Any,
         period: int = 100,
-        damping: float = 0.01,
+        damping: float = 0.1,
         relative_damping: bool = True,
     ) -> None:
         super().__init__()

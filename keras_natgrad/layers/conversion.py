@@ -83,7 +83,7 @@ def _copy(
 ) -> keras.Model:
     """Returns a clone with some layers replaced, and the same weights."""
     for each in _models(model):
-        kinds = (keras.Sequential, keras.Functional)
+        kinds = (keras.Sequential, keras.Function)
         if not isinstance(each, kinds) or not each.built:
             raise ValueError(
                 "Only built sequential and functional models can be copied; "

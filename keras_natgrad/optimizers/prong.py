@@ -41,10 +41,10 @@ class PRONG(PreconditionedOptimizer):
     Args:
         learning_rate: α: a float, a
             `keras.optimizers.schedules.LearningRateSchedule` or a callable.
-            Defaults to `0.1`.
+            Defaults to `0.3`.
         momentum: μ in `δ = −α Δ + μ δ₋₁`, in [0, 1). Defaults to `0.0`.
         damping: ε: a non-negative float or a schedule of the iteration. No
-            direction is magnified more than 1/ε times. Defaults to `0.01`.
+            direction is magnified more than 1/ε times. Defaults to `0.1`.
         relative_damping: Whether ε counts in mean eigenvalues of each
             layer's Σ, so that the unit of the inputs does not matter.
             Defaults to `True`.
@@ -71,7 +71,7 @@ class PRONG(PreconditionedOptimizer):
     Example:
 
     ```python
-    optimizer = keras_natgrad.PRONG(0.1).attach(model)
+    optimizer = keras_natgrad.PRONG().attach(model)
     model.compile(optimizer, loss="sparse_categorical_crossentropy")
     model.fit(x, y, batch_size=50)
     ```
@@ -84,9 +84,9 @@ class PRONG(PreconditionedOptimizer):
 
     def __init__(
         self,
-        learning_rate: Any = 0.1,
+        learning_rate: Any = 0.3,
         momentum: float = 0.0,
-        damping: Any = 0.01,
+        damping: Any = 0.1,
         relative_damping: bool = True,
         factor_decay: float = 0.95,
         curvature_update_period: int = 10,

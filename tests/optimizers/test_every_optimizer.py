@@ -32,7 +32,7 @@ OPTIMIZERS = {
         **kw,
     ),
     "line_search": lambda **kw: kng.NaturalGradient(kng.LineSearch(), **kw),
-    "prong": lambda **kw: kng.PRONG(0.5, **kw),
+    "prong": kng.PRONG,
     "prong_momentum": lambda **kw: kng.PRONG(
         0.2, 0.5, 0.1, False, curvature_update_period=1, **kw
     ),
