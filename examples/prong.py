@@ -105,12 +105,14 @@ class Result:
         loss: Cross-entropy per pixel, mean over the batches of each epoch.
         held_out: The same on held-out images, at the end.
         milliseconds: Of a step, whitening included.
+        steps: Per epoch.
     """
 
     learning_rate: float
     loss: list[float]
     held_out: float
     milliseconds: float
+    steps: int
 
 
 class Clock(keras.callbacks.Callback):
@@ -177,6 +179,7 @@ def train(
         clock.loss,
         measure(model, held_out),
         1e3 * float(np.mean(seconds)) / steps,
+        steps,
     )
 
 
@@ -231,9 +234,10 @@ def plot(results: dict[str, Result], title: str, path: Path) -> None:
             "linewidth": 2,
         }
         axes[0].plot(epochs, result.loss, label=name, **style)
-        axes[1].plot(epochs * result.milliseconds, result.loss, **style)
+        seconds = 1e-3 * epochs * result.steps * result.milliseconds
+        axes[1].plot(seconds, result.loss, **style)
     axes[0].set(xlabel="Epochs", ylabel="Loss (binary cross-entropy)")
-    axes[1].set_xlabel("Epochs × milliseconds per step")
+    axes[1].set_xlabel("Seconds of training, without tracing")
     for axis in axes:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")

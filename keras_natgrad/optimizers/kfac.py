@@ -71,7 +71,8 @@ class KFAC(PreconditionedOptimizer):
             Defaults to `"estimated"`.
         norm_constraint: Largest `δᵀFδ` of an update, or `None`.
         block: Block of captured layers: `"kronecker"`, `"diagonal"`,
-            `"full"`, `"input_factor"`, or a name given to `keras_natgrad.register_block`.
+            `"full"`, `"input_factor"`, or a name given to
+            `keras_natgrad.register_block`.
         weight_sharing: `"expand"` or `"reduce"`, for layers that are applied
             at several positions.
         max_factor_size: A Kronecker factor with a longer side is kept as its
