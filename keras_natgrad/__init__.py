@@ -9,6 +9,7 @@ from keras_natgrad import (
     callbacks,
     capture,
     heads,
+    layers,
     losses,
     metrics,
     natural_chain,
@@ -17,13 +18,14 @@ from keras_natgrad import (
 from keras_natgrad.blocks import register_block
 from keras_natgrad.capture import CurvatureTape, register_layer
 from keras_natgrad.fisher import fisher
-from keras_natgrad.optimizers import KFAC, NaturalGradient
+from keras_natgrad.optimizers import KFAC, PRONG, NaturalGradient
 from keras_natgrad.step import LevenbergMarquardt, LineSearch, Spring
 from keras_natgrad.training import ResidualModel
 from keras_natgrad.version import __version__
 
 __all__ = [
     "KFAC",
+    "PRONG",
     "CurvatureTape",
     "LevenbergMarquardt",
     "LineSearch",
@@ -36,6 +38,7 @@ __all__ = [
     "capture",
     "fisher",
     "heads",
+    "layers",
     "losses",
     "metrics",
     "natural_chain",

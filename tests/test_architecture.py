@@ -34,7 +34,8 @@ MAY_IMPORT["optimizers"] = {
     *("solvers", "step", "training"),
 }
 MAY_IMPORT["fisher"] = {*MAY_IMPORT["training"], "training"}
-MAY_IMPORT["callbacks"] = {*MAY_IMPORT["optimizers"], "optimizers"}
+MAY_IMPORT["layers"] = {*MAY_IMPORT["capture"], "capture"}
+MAY_IMPORT["callbacks"] = {*MAY_IMPORT["optimizers"], "optimizers", "layers"}
 MAY_IMPORT["integrations"] = {*MAY_IMPORT["optimizers"], "optimizers"}
 
 # These rooms see tensors, never Keras layers.

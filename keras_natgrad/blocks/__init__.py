@@ -5,8 +5,10 @@ from keras_natgrad.blocks.diagonal import DiagonalBlock
 from keras_natgrad.blocks.fallback import (
     GradientDiagonalBlock,
     GradientScalarBlock,
+    PlainGradientBlock,
 )
 from keras_natgrad.blocks.full import FullBlock
+from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock, WeightSharing
 from keras_natgrad.blocks.registry import check_kind, create, register_block
 
@@ -17,7 +19,9 @@ __all__ = [
     "FullBlock",
     "GradientDiagonalBlock",
     "GradientScalarBlock",
+    "InputFactorBlock",
     "KroneckerBlock",
+    "PlainGradientBlock",
     "WeightSharing",
     "check_kind",
     "create",

@@ -24,10 +24,12 @@ class BlockShape:
         rows: Number of input features n, plus one where the layer has a bias
             (the homogeneous coordinate, last row).
         columns: Number of output features m.
+        biased: Whether the last row is that of a bias.
     """
 
     rows: int
     columns: int
+    biased: bool = False
 
     @property
     def size(self) -> int:
@@ -68,6 +70,11 @@ class Block(abc.ABC):
 
     #: Name under which the block is chosen and shown in the summary.
     kind = "block"
+    #: Whether it has statistics of cotangents. Where no block of a network
+    #: has any, no backward pass is made for them.
+    uses_cotangents = True
+    #: Options of `create` that the constructor takes.
+    options: tuple[str, ...] = ()
 
     def __init__(self, shape: BlockShape) -> None:
         self.shape = shape

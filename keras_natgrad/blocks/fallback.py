@@ -66,3 +66,49 @@ class GradientScalarBlock(GradientDiagonalBlock):
     @override
     def trace(self) -> tf.Tensor:
         return self.shape.size * self.averages()[0]
+
+
+class PlainGradientBlock(GradientDiagonalBlock):
+    """No curvature: the variable moves along its plain gradient, undamped.
+
+    As the layers of `InputFactorBlock` would, had they white inputs.
+
+    Args:
+        shape: `BlockShape`.
+    """
+
+    kind = "plain"
+    uses_cotangents = False
+
+    @override
+    def build_state(self) -> None:
+        """There is none."""
+
+    @override
+    @classmethod
+    def state_size(cls, shape: BlockShape) -> int:
+        return 0
+
+    @override
+    def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return ()
+
+    @override
+    def trace(self) -> tf.Tensor:
+        return tf.constant(self.shape.size, self.dtype)
+
+    @override
+    def refresh(
+        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.constant(0, tf.int32), tf.constant(0, tf.int32)
+
+    @override
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        return gradient
+
+    @override
+    def operator(self) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorIdentity(
+            self.shape.size, dtype=tf.as_dtype(self.dtype)
+        )

@@ -19,6 +19,7 @@ class IdentityBlock(Block):
     """
 
     kind = "identity"
+    uses_cotangents = False
 
     @override
     def build_state(self) -> None:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import abc
-import math
 from enum import Enum
 
-import keras
 import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, FactorScales
-from keras_natgrad.linalg import (
-    DampedInverse,
-    damped_inverse,
-    kronecker_operator,
-    trace_norm_ratio,
-)
+from keras_natgrad.blocks.factors import make_factor
+from keras_natgrad.linalg import kronecker_operator, trace_norm_ratio
 
 
 class WeightSharing(str, Enum):
@@ -68,6 +61,7 @@ class KroneckerBlock(Block):
     """
 
     kind = "kronecker"
+    options = ("weight_sharing", "max_factor_size", "sides")
 
     def __init__(
         self,
@@ -83,8 +77,12 @@ class KroneckerBlock(Block):
                 "`sides` must be 'both', 'input' or 'output'. "
                 f"Received: sides={sides!r}"
             )
-        self._input = _factor(shape.rows, max_factor_size, sides != "output")
-        self._output = _factor(shape.columns, max_factor_size, sides != "input")
+        self._input = make_factor(
+            shape.rows, max_factor_size, sides != "output"
+        )
+        self._output = make_factor(
+            shape.columns, max_factor_size, sides != "input"
+        )
 
     @override
     def build_state(self) -> None:
@@ -173,150 +171,3 @@ class KroneckerBlock(Block):
     def describe(self) -> str:
         sides = f"{self._input.describe()} ⊗ {self._output.describe()}"
         return f"{sides}, {self.weight_sharing.value}"
-
-
-def _factor(size: int, bound: int, used: bool) -> _Factor:
-    if not used:
-        return _ScalarFactor(size)
-    return _DenseFactor(size) if size <= bound else _DiagonalFactor(size)
-
-
-class _Factor(abc.ABC):
-    """One side of a Kronecker product: its average and its inverse."""
-
-    average: keras.Variable
-    inverse: keras.Variable
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    @property
-    @abc.abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the average and of the inverse."""
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @abc.abstractmethod
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        """Returns the sum of outer products of `[batch, shared, size]`."""
-
-    @abc.abstractmethod
-    def trace(self, average: tf.Tensor) -> tf.Tensor:
-        """Returns the trace of the factor."""
-
-    @abc.abstractmethod
-    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        """Returns the damped inverse of the factor."""
-
-    def store(self, inverse: tf.Tensor, succeeded: tf.Tensor) -> None:
-        """Keeps an inverse, if it is a good one."""
-        self.inverse.assign(tf.where(succeeded, inverse, self.inverse.value))
-
-    @abc.abstractmethod
-    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        """Returns the inverse times a matrix."""
-
-    @abc.abstractmethod
-    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        """Returns a matrix times the inverse."""
-
-    @abc.abstractmethod
-    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
-        """Returns the undamped factor as an operator."""
-
-    @abc.abstractmethod
-    def describe(self) -> str:
-        """Returns the factor in a few characters."""
-
-
-class _DenseFactor(_Factor):
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.size, self.size)
-
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        flat = tf.reshape(vectors, [-1, self.size])
-        return tf.matmul(flat, flat, transpose_a=True)
-
-    def trace(self, average: tf.Tensor) -> tf.Tensor:
-        return tf.linalg.trace(average)
-
-    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return damped_inverse(average, damping)
-
-    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(self.inverse.value, matrix)
-
-    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(matrix, self.inverse.value)
-
-    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
-        return tf.linalg.LinearOperatorFullMatrix(average, is_self_adjoint=True)
-
-    def describe(self) -> str:
-        return f"{self.size}²"
-
-
-class _DiagonalFactor(_Factor):
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.size,)
-
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(tf.square(vectors), axis=[0, 1])
-
-    def trace(self, average: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(average)
-
-    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return _reciprocal(average + damping)
-
-    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.inverse.value[:, tf.newaxis] * matrix
-
-    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return matrix * self.inverse.value
-
-    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
-        return tf.linalg.LinearOperatorDiag(average, is_self_adjoint=True)
-
-    def describe(self) -> str:
-        return f"diag {self.size}"
-
-
-class _ScalarFactor(_Factor):
-    """A multiple of the identity with the trace of the true factor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return ()
-
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(tf.square(vectors)) / self.size
-
-    def trace(self, average: tf.Tensor) -> tf.Tensor:
-        return self.size * average
-
-    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return _reciprocal(average + damping)
-
-    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.inverse.value * matrix
-
-    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return matrix * self.inverse.value
-
-    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
-        return tf.linalg.LinearOperatorScaledIdentity(self.size, average)
-
-    def describe(self) -> str:
-        return f"scalar {self.size}"
-
-
-def _reciprocal(values: tf.Tensor) -> DampedInverse:
-    inverse = tf.math.reciprocal(values)
-    finite = tf.math.is_finite(tf.reduce_sum(inverse))
-    return DampedInverse(inverse, tf.constant(0, tf.int32), finite)

@@ -8,6 +8,7 @@ from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalBlock
 from keras_natgrad.blocks.full import FullBlock
 from keras_natgrad.blocks.identity import IdentityBlock
+from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock
 
 _BLOCKS: dict[str, type[Block]] = {
@@ -16,6 +17,8 @@ _BLOCKS: dict[str, type[Block]] = {
     "diagonal": DiagonalBlock,
     "full": FullBlock,
     "identity": IdentityBlock,
+    "input_factor": InputFactorBlock,
+    "foof": InputFactorBlock,
 }
 
 
@@ -75,13 +78,12 @@ def create(kind: str, shape: BlockShape, **options: Any) -> Block:
     Args:
         kind: A registered name.
         shape: `BlockShape`.
-        **options: Keyword arguments that the block takes; those that only
-            Kronecker-factored blocks understand are dropped for the others.
+        **options: Keyword arguments; those that the block does not name in
+            its `options` are dropped.
 
     Returns:
         An unbuilt `Block`.
     """
     block_class = _BLOCKS[check_kind(kind)]
-    if not issubclass(block_class, KroneckerBlock):
-        options = {}
-    return block_class(shape, **options)
+    taken = {k: v for k, v in options.items() if k in block_class.options}
+    return block_class(shape, **taken)

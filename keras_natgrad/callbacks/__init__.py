@@ -1,5 +1,6 @@
 """Keras callbacks."""
 
 from keras_natgrad.callbacks.attach import Attach
+from keras_natgrad.callbacks.whiten import Whiten
 
-__all__ = ["Attach"]
+__all__ = ["Attach", "Whiten"]

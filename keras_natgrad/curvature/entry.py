@@ -14,6 +14,7 @@ from keras_natgrad.blocks import (
     BlockShape,
     GradientDiagonalBlock,
     GradientScalarBlock,
+    PlainGradientBlock,
     create,
 )
 from keras_natgrad.capture import LayerPlan, Plan
@@ -21,6 +22,7 @@ from keras_natgrad.capture import LayerPlan, Plan
 _FALLBACKS = {
     "diagonal": GradientDiagonalBlock,
     "first_order": GradientScalarBlock,
+    "plain": PlainGradientBlock,
 }
 
 
@@ -32,9 +34,12 @@ class BlockOptions:
         block: Block name for captured layers.
         weight_sharing: `"expand"` or `"reduce"`, for Kronecker factors.
         max_factor_size: Largest side of a dense Kronecker factor.
-        fallback: `"diagonal"` or `"first_order"`, for the rest.
+        fallback: `"diagonal"`, `"first_order"` or `"plain"`, for the rest.
         damping_split: `"layer"` or `"global"`, how Kronecker factors share
             the damping.
+        damp_bias: Whether an input factor damps the bias too.
+        relative_damping: Whether the damping of an input factor counts in
+            its mean eigenvalues.
     """
 
     block: str = "kronecker"
@@ -42,6 +47,8 @@ class BlockOptions:
     max_factor_size: int = 4096
     fallback: str = "diagonal"
     damping_split: str = "layer"
+    damp_bias: bool = True
+    relative_damping: bool = False
 
     def __post_init__(self) -> None:
         if self.fallback not in _FALLBACKS:
@@ -107,9 +114,15 @@ def make_entries(
     for layer in plan.layers:
         block = create(
             options.block,
-            BlockShape(layer.layout.rows, layer.layout.columns),
+            BlockShape(
+                layer.layout.rows,
+                layer.layout.columns,
+                biased=layer.layout.bias_shape is not None,
+            ),
             weight_sharing=options.weight_sharing,
             max_factor_size=options.max_factor_size,
+            damp_bias=options.damp_bias,
+            relative_damping=options.relative_damping,
         )
         entries.append(Entry(block, layer.variables, layer))
     for index in plan.fallback:

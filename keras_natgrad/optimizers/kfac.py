@@ -74,13 +74,14 @@ class KFAC(PreconditionedOptimizer):
             Defaults to `"estimated"`.
         norm_constraint: Largest `δᵀFδ` of an update, or `None`.
         block: Block of captured layers: `"kronecker"`, `"diagonal"`,
-            `"full"`, or a name given to `keras_natgrad.register_block`.
+            `"full"`, `"input_factor"`, or a name given to
+            `keras_natgrad.register_block`.
         weight_sharing: `"expand"` or `"reduce"`, for layers that are applied
             at several positions.
         max_factor_size: A Kronecker factor with a longer side is kept as its
             diagonal. Defaults to `4096`.
         fallback: Block of variables that no captured layer owns:
-            `"diagonal"` or `"first_order"`.
+            `"diagonal"`, `"first_order"` or `"plain"` (undamped).
         log_statistics: Whether `fit` logs `statistics` beside the metrics.
         seed: Seed of the random cotangents.
         weight_decay: See `keras.optimizers.Optimizer`, as for all that

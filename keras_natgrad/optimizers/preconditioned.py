@@ -129,27 +129,22 @@ class PreconditionedOptimizer(RetractingOptimizer):
 
     @override
     def observe(self, observation: Observation) -> None:
-        variables = _compat.optimizer_variables(self)
-        captured = CapturedPass(
-            observation.tape.gradient_tape,
-            observation.terms,
-            observation.records,
-            self.curvature.entries,
-            [variable.value for variable in variables],
-        )
-        observation.captured = captured
         batches = self.state.count("batches")
         seed = tf.stack([tf.constant(self.seed, tf.int32), batches])
+        captured: CapturedPass | None = None
         if self._estimates_model:
             # The quadratic model needs this pass at every step; an update of
             # the statistics then shares it.
+            captured = observation.captured = self._capture(observation)
             observation.backward = captured.backward(
                 random_cotangents(observation.terms, self.fisher, seed)
             )
 
         def update() -> tf.Tensor:
+            # Made here, it costs nothing on the steps between.
+            own = captured or self._capture(observation)
             statistics = self.curvature.statistics(
-                captured, self.fisher, seed, observation.backward
+                own, self.fisher, seed, observation.backward
             )
             self.curvature.accumulate(statistics, self.factor_decay)
             self.state.increment(curvature_updates=1)
@@ -161,6 +156,17 @@ class PreconditionedOptimizer(RetractingOptimizer):
         due = self.refresh.is_due(batches, self.state.update_at.value)
         tf.cond(due & observation.accepted, update, lambda: tf.constant(0))
         self.state.increment(batches=1)
+
+    def _capture(self, observation: Observation) -> CapturedPass:
+        """Returns the forward pass, ready to send cotangents back through."""
+        variables = _compat.optimizer_variables(self)
+        return CapturedPass(
+            observation.tape.gradient_tape,
+            observation.terms,
+            observation.records,
+            self.curvature.entries,
+            [variable.value for variable in variables],
+        )
 
     @override
     def curvature_step(

@@ -42,8 +42,8 @@ def make_data():
 def make_block():
     """Factory of built float64 blocks by name and options."""
 
-    def make(kind, **options):
-        block = create(kind, BlockShape(ROWS, COLUMNS), **options)
+    def make(kind, biased=False, **options):
+        block = create(kind, BlockShape(ROWS, COLUMNS, biased), **options)
         return build(block)
 
     return make
@@ -74,6 +74,8 @@ def feed():
     """Gives a block one batch of statistics."""
 
     def update(block, data, decay=0.0):
+        if block.shape.biased:
+            data.inputs[..., -1] = 1.0
         statistics = block.input_statistics(data.inputs, data.weights)
         per_column = [
             block.cotangent_statistics(data.inputs, g) for g in data.columns

@@ -10,7 +10,9 @@ from keras_natgrad.blocks import (
     FullBlock,
     GradientDiagonalBlock,
     GradientScalarBlock,
+    InputFactorBlock,
     KroneckerBlock,
+    PlainGradientBlock,
 )
 
 KINDS = {
@@ -22,6 +24,13 @@ KINDS = {
     "diagonal_both": ("kronecker", {"max_factor_size": 1}),
     "input": ("kronecker", {"sides": "input"}),
     "output": ("kronecker", {"sides": "output"}),
+    "input_factor": ("input_factor", {}),
+    "input_factor_reduce": ("foof", {"weight_sharing": "reduce"}),
+    "input_factor_biased": ("input_factor", {"biased": True}),
+    "input_factor_diagonal": (
+        "input_factor",
+        {"biased": True, "max_factor_size": 1},
+    ),
 }
 DAMPING = 0.3
 
@@ -161,6 +170,8 @@ def test_compiles_under_xla(block, data, feed):
         (FullBlock, 2 * 36),
         (GradientDiagonalBlock, 2 * 6),
         (GradientScalarBlock, 2),
+        (InputFactorBlock, 2 * 9),
+        (PlainGradientBlock, 0),
     ],
 )
 def test_stated_state_size(block_class, expected, build_block):

@@ -1,6 +1,7 @@
 """The examples, run as a user runs them, with tiny settings."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -204,6 +205,47 @@ def test_pinn_poisson_problem(dimensions, monkeypatch):
     assert np.array_equal(again, x.numpy()) == (dimensions == 2)
 
 
+def test_prong(tmp_path):
+    path, report = tmp_path / "new" / "figure.png", tmp_path / "prong.json"
+    output = run(
+        "prong.py",
+        *("--epochs", "3", "--learning-rates", "0.1", "0.3"),
+        *("--sgd-learning-rates", "1"),
+        *("--output", str(path), "--out", str(report)),
+    )
+    rows = {row[0]: row[1:] for row in table_rows(output)}
+    assert list(rows) == ["SGD", "PRONG", "Whitened SGD"]
+    for row in rows.values():
+        assert row[1] == "3"
+        assert 0.0 < float(row[2]) < 0.7 and 0.0 < float(row[3]) < 0.7
+    results = json.loads(report.read_text())["results"]
+    assert [len(each) for each in results.values()] == [1, 2, 2]
+    for name, each in results.items():
+        best = min(each, key=lambda result: result["loss"][-1])
+        assert float(rows[name][0]) == best["learning_rate"]
+        np.testing.assert_allclose(
+            float(rows[name][2]), best["loss"][-1], atol=1e-5
+        )
+    assert_is_figure(path)
+
+
+@pytest.mark.slow
+def test_prong_on_a_file(tmp_path):
+    """A file in the layout of MNIST, with the large network."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (80, 28, 28)).astype("uint8")
+    np.savez(tmp_path / "images.npz", x_train=images)
+    path = tmp_path / "figure.png"
+    output = run(
+        "prong.py",
+        *("--data", str(tmp_path / "images.npz"), "--epochs", "1"),
+        *("--learning-rates", "0.01", "--sgd-learning-rates", "0.1"),
+        *("--output", str(path)),
+    )
+    assert len(table_rows(output)) == 3
+    assert_is_figure(path)
+
+
 def test_natural_gradient_cg():
     output = run("natural_gradient_cg.py")
     rows = table_rows(output)
@@ -302,6 +344,7 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
         "kl_distance.py",
         "pinn_poisson.py",
         "natural_gradient_cg.py",
+        "prong.py",
     ],
 )
 def test_help_and_header(name):

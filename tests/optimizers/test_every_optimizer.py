@@ -34,6 +34,10 @@ OPTIMIZERS = {
         **kw,
     ),
     "line_search": lambda **kw: kng.NaturalGradient(kng.LineSearch(), **kw),
+    "prong": kng.PRONG,
+    "prong_momentum": lambda **kw: kng.PRONG(
+        0.2, 0.5, 0.1, False, curvature_update_period=1, **kw
+    ),
 }
 
 
@@ -132,7 +136,7 @@ def test_config_round_trip(make):
     ],
     ids=lambda kwargs: next(iter(kwargs)),
 )
-@pytest.mark.parametrize("name", ["natural_gradient", "kernel", "cg"])
+@pytest.mark.parametrize("name", ["natural_gradient", "kernel", "cg", "prong"])
 def test_base_arguments(name, kwargs):
     """Those of KFAC have tests of their own."""
     make = OPTIMIZERS[name]

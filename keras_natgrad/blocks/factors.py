@@ -1,0 +1,195 @@
+"""The factors of a Kronecker product: dense, diagonal or scalar."""
+
+from __future__ import annotations
+
+import abc
+import math
+
+import keras
+import tensorflow as tf
+from typing_extensions import override
+
+from keras_natgrad.linalg import DampedInverse, damped_inverse
+
+
+def make_factor(size: int, bound: int, used: bool) -> Factor:
+    """Returns a dense, a diagonal or, where it is not used, a scalar factor.
+
+    Args:
+        size: Its side.
+        bound: Largest side of a dense one.
+        used: Whether it is more than a multiple of the identity.
+    """
+    if not used:
+        return ScalarFactor(size)
+    return DenseFactor(size) if size <= bound else DiagonalFactor(size)
+
+
+class Factor(abc.ABC):
+    """One side of a Kronecker product: its average and its inverse."""
+
+    average: keras.Variable
+    inverse: keras.Variable
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the average and of the inverse."""
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the average, and of the inverse."""
+        return math.prod(self.shape)
+
+    @abc.abstractmethod
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        """Returns the sum of outer products of `[batch, shared, size]`."""
+
+    @abc.abstractmethod
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        """Returns the trace of the factor."""
+
+    @abc.abstractmethod
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        """Returns the damped inverse of the factor."""
+
+    def store(self, inverse: tf.Tensor, succeeded: tf.Tensor) -> None:
+        """Keeps an inverse, if it is a good one."""
+        self.inverse.assign(tf.where(succeeded, inverse, self.inverse.value))
+
+    @abc.abstractmethod
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        """Returns the inverse times a matrix."""
+
+    @abc.abstractmethod
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        """Returns a matrix times the inverse."""
+
+    @abc.abstractmethod
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        """Returns the undamped factor as an operator."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """Returns the factor in a few characters."""
+
+
+class DenseFactor(Factor):
+    """A whole matrix."""
+
+    @override
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size, self.size)
+
+    @override
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        flat = tf.reshape(vectors, [-1, self.size])
+        return tf.matmul(flat, flat, transpose_a=True)
+
+    @override
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        return tf.linalg.trace(average)
+
+    @override
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        return damped_inverse(average, damping)
+
+    @override
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(self.inverse.value, matrix)
+
+    @override
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(matrix, self.inverse.value)
+
+    @override
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorFullMatrix(average, is_self_adjoint=True)
+
+    @override
+    def describe(self) -> str:
+        return f"{self.size}²"
+
+
+class DiagonalFactor(Factor):
+    """The diagonal of the true factor."""
+
+    @override
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    @override
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(tf.square(vectors), axis=[0, 1])
+
+    @override
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(average)
+
+    @override
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        return _reciprocal(average + damping)
+
+    @override
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        return self.inverse.value[:, tf.newaxis] * matrix
+
+    @override
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        return matrix * self.inverse.value
+
+    @override
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorDiag(average, is_self_adjoint=True)
+
+    @override
+    def describe(self) -> str:
+        return f"diag {self.size}"
+
+
+class ScalarFactor(Factor):
+    """A multiple of the identity with the trace of the true factor."""
+
+    @override
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    @override
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(tf.square(vectors)) / self.size
+
+    @override
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        return self.size * average
+
+    @override
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        return _reciprocal(average + damping)
+
+    @override
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        return self.inverse.value * matrix
+
+    @override
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        return matrix * self.inverse.value
+
+    @override
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorScaledIdentity(self.size, average)
+
+    @override
+    def describe(self) -> str:
+        return f"scalar {self.size}"
+
+
+def _reciprocal(values: tf.Tensor) -> DampedInverse:
+    inverse = tf.math.reciprocal(values)
+    finite = tf.math.is_finite(tf.reduce_sum(inverse))
+    return DampedInverse(inverse, tf.constant(0, tf.int32), finite)

@@ -1,0 +1,222 @@
+"""The second moment of a layer's inputs alone (FOOF, PRONG)."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from typing_extensions import override
+
+from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.blocks.factors import DiagonalFactor, make_factor
+from keras_natgrad.blocks.kronecker import WeightSharing
+from keras_natgrad.linalg import kronecker_operator
+
+
+class InputFactorBlock(Block):
+    r"""One-sided K-FAC with `G = I`: the Fisher of a layer as `A ⊗ I`.
+
+    `A = E[ā āᵀ]` is the second moment of the homogeneous inputs `ā = (h, 1)`.
+    No cotangent enters it, so that no backward pass is made for it. With the
+    mean μ and the covariance Σ of h
+
+        A = [[Σ + μμᵀ, μ], [μᵀ, 1]]
+
+    and `A + λ diag(1, …, 1, 0)` has the inverse
+
+        [[P, −Pμ], [−μᵀP, 1 + μᵀPμ]],   P = (Σ + λI)⁻¹.
+
+    With `damp_bias=False` this is what preconditions: the damping is on the
+    centred covariance only, and one step of gradient descent is one on the
+    weights of whitened inputs (PRONG). With `damp_bias=True` the last
+    diagonal entry is damped too (FOOF); the formula is then that of the inputs
+    `(h, √(1 + λ))`.
+
+    Above `max_factor_size` inputs, only the diagonal of Σ is kept (each input
+    standardised). Without a bias there is no μ, and Σ stands for `E[hhᵀ]`.
+
+    Cost per layer: `N S n²` for the statistics, `n³` for a refresh, `n² m` to
+    precondition, `2 (n² + n)` memory.
+
+    Args:
+        shape: `BlockShape`.
+        weight_sharing: `"expand"` counts shared positions as examples,
+            `"reduce"` takes their mean first.
+        max_factor_size: Largest side of a dense factor.
+        damp_bias: Whether λ is added to the bias's entry as well.
+        relative_damping: Whether λ counts in mean eigenvalues of Σ.
+
+    References:
+        - Desjardins et al., 2015, arXiv:1507.00210 (PRONG).
+        - Benzing, 2022, arXiv:2201.12250 (FOOF).
+    """
+
+    kind = "input_factor"
+    uses_cotangents = False
+    options = (
+        "weight_sharing",
+        "max_factor_size",
+        "damp_bias",
+        "relative_damping",
+    )
+
+    def __init__(
+        self,
+        shape: BlockShape,
+        weight_sharing: str | WeightSharing = WeightSharing.EXPAND,
+        max_factor_size: int = 4096,
+        damp_bias: bool = True,
+        relative_damping: bool = False,
+    ) -> None:
+        super().__init__(shape)
+        self.weight_sharing = WeightSharing(weight_sharing)
+        self.damp_bias = damp_bias
+        self.relative_damping = relative_damping
+        self._features = shape.rows - shape.biased
+        self._factor = make_factor(self._features, max_factor_size, True)
+
+    # -- State -----------------------------------------------------------
+
+    @override
+    def build_state(self) -> None:
+        self._factor.average = self.add_average(
+            "input_factor", self._factor.shape
+        )
+        self._factor.inverse = self.add_cache(
+            "input_inverse", self._factor.shape
+        )
+        if self.shape.biased:
+            # E[ā]; the last entry is 1 unless the layer was left out.
+            self.add_average("input_mean", (self.shape.rows,))
+            # (μ, 1/c) of the last refresh, with c the damped last entry.
+            self._centre = self.add_cache("centre", (self.shape.rows,))
+
+    @override
+    @classmethod
+    def state_size(cls, shape: BlockShape) -> int:
+        features = shape.rows - shape.biased
+        return 2 * features**2 + 2 * shape.rows * shape.biased
+
+    @override
+    @property
+    def memory(self) -> int:
+        means = 2 * self.shape.rows * self.shape.biased
+        return 2 * self._factor.elements + means
+
+    # -- Statistics ------------------------------------------------------
+
+    @override
+    def input_statistics(
+        self, inputs: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
+        if self.weight_sharing is WeightSharing.REDUCE:
+            inputs = tf.reduce_mean(inputs, axis=1, keepdims=True)
+        shared = tf.cast(tf.shape(inputs)[1], inputs.dtype)
+        scale = (weights / shared)[:, tf.newaxis, tf.newaxis]
+        features = inputs[..., : self._features]
+        moment = self._factor.second_moment(tf.sqrt(scale) * features)
+        if not self.shape.biased:
+            return (moment,)
+        return moment, tf.reduce_sum(scale * inputs, axis=[0, 1])
+
+    @override
+    def cotangent_statistics(
+        self, inputs: tf.Tensor, cotangents: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        return ()
+
+    # -- Curvature -------------------------------------------------------
+
+    def _covariance(
+        self, moment: tf.Tensor, sums: tf.Tensor, corner: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the Schur complement of c in `[[moment, s], [sᵀ, c]]`."""
+        root = tf.math.divide_no_nan(sums, tf.sqrt(corner))
+        if isinstance(self._factor, DiagonalFactor):
+            # Rounding may leave the variance of a constant below zero.
+            return tf.nn.relu(moment - tf.square(root))
+        return moment - root[:, tf.newaxis] * root
+
+    @override
+    def trace(self) -> tf.Tensor:
+        moment, *mean = self.averages()
+        total = self._factor.trace(moment)
+        if mean:
+            total += mean[0][-1]
+        return self.shape.columns * total
+
+    @override
+    def refresh(
+        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        moment, *mean = self.averages()
+        damping = tf.cast(damping, moment.dtype)
+        covariance = moment
+        if mean:
+            sums, corner = mean[0][:-1], mean[0][-1]
+            covariance = self._covariance(moment, sums, corner)
+        if self.relative_damping:
+            size = tf.constant(self._features, moment.dtype)
+            damping *= self._factor.trace(covariance) / size
+        if mean and self.damp_bias:
+            # A + λI has the last entry c + λ, and a mean smaller by as much.
+            corner += damping
+            covariance = self._covariance(moment, sums, corner)
+        result = self._factor.invert(covariance, damping)
+        self._factor.store(result.inverse, result.succeeded)
+        if mean:
+            inverse = tf.math.divide_no_nan(tf.ones_like(corner), corner)
+            centre = tf.concat([sums * inverse, inverse[tf.newaxis]], axis=0)
+            self._centre.assign(
+                tf.where(result.succeeded, centre, self._centre.value)
+            )
+        return result.retries, tf.cast(~result.succeeded, tf.int32)
+
+    @override
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        if not self.shape.biased:
+            return self._factor.apply_left(gradient)
+        # X = P (∇W − μ ∇bᵀ), and below it ∇b / c − Xᵀμ.
+        kernel, bias = gradient[:-1], gradient[-1:]
+        centre = self._centre.value[:-1, tf.newaxis]
+        kernel = self._factor.apply_left(kernel - centre * bias)
+        bias = self._centre.value[-1] * bias
+        bias -= tf.matmul(centre, kernel, transpose_a=True)
+        return tf.concat([kernel, bias], axis=0)
+
+    @override
+    def operator(self) -> tf.linalg.LinearOperator:
+        moment, *mean = self.averages()
+        if isinstance(self._factor, DiagonalFactor):
+            moment = self._dense_moment(moment, mean)
+        if mean:
+            column = mean[0][:-1, tf.newaxis]
+            moment = tf.concat(
+                [
+                    tf.concat([moment, column], axis=1),
+                    mean[0][tf.newaxis],
+                ],
+                axis=0,
+            )
+        return kronecker_operator(
+            tf.linalg.LinearOperatorFullMatrix(moment, is_self_adjoint=True),
+            tf.linalg.LinearOperatorIdentity(
+                self.shape.columns, dtype=moment.dtype
+            ),
+        )
+
+    def _dense_moment(
+        self, moment: tf.Tensor, mean: list[tf.Tensor]
+    ) -> tf.Tensor:
+        """Returns `diag Σ + μμᵀ` from the diagonal of the second moment."""
+        if not mean:
+            return tf.linalg.diag(moment)
+        root = tf.math.divide_no_nan(mean[0][:-1], tf.sqrt(mean[0][-1]))
+        return tf.linalg.diag(moment - root**2) + root[:, tf.newaxis] * root
+
+    @override
+    def describe(self) -> str:
+        centred = " centred" if self.shape.biased else ""
+        return (
+            f"{self._factor.describe()}{centred} ⊗ I, "
+            f"{self.weight_sharing.value}"
+        )

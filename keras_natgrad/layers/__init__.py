@@ -1,0 +1,18 @@
+"""Keras layers that train other weights than they compute with."""
+
+from keras_natgrad.layers.conversion import canonical, whitened
+from keras_natgrad.layers.whitened_dense import WhitenedDense
+from keras_natgrad.layers.whitening import (
+    InputMoments,
+    input_moments,
+    rewhiten,
+)
+
+__all__ = [
+    "InputMoments",
+    "WhitenedDense",
+    "canonical",
+    "input_moments",
+    "rewhiten",
+    "whitened",
+]

@@ -1,0 +1,212 @@
+"""PRONG: gradient descent on the weights of whitened inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras.optimizers.schedules import LearningRateSchedule
+from typing_extensions import override
+
+from keras_natgrad.capture import CurvatureTape, Plan
+from keras_natgrad.curvature import BlockOptions, OutputTerm
+from keras_natgrad.heads import LossWeight
+from keras_natgrad.heads.observed import ObservedLoss
+from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
+from keras_natgrad.step import Refresh, StepLength, get_damping
+from keras_natgrad.training.choices import Choice
+
+
+@keras.saving.register_keras_serializable(package="keras_natgrad")
+class PRONG(PreconditionedOptimizer):
+    r"""Projected natural gradient descent (natural neural networks).
+
+    Each layer `a = W h + b` is trained as if it were `a = V U (h − μ) + d`,
+    with the mean μ of its inputs and a root `UᵀU = (Σ + εI)⁻¹` of their
+    inverse covariance. One step of gradient descent on (V, d) is, in the
+    weights that the layer has,
+
+        [ΔW Δb] = −α [∇W ∇b] [[Σ + εI + μμᵀ, μ], [μᵀ, 1]]⁻¹,
+
+    K-FAC with `G = I`. This optimizer makes that step, without a change of
+    the model; `keras_natgrad.layers.WhitenedDense` has (V, d) for weights.
+
+    It costs no second backward pass: the statistics are those of the forward
+    pass. The loss enters by its gradient only, so that every Keras loss will
+    do. Parameters of other layers take plain steps with the same α.
+
+    The optimizer must see the layers: attach it to the model.
+
+    Args:
+        learning_rate: α: a float, a
+            `keras.optimizers.schedules.LearningRateSchedule` or a callable.
+            Defaults to `0.3`.
+        momentum: μ in `δ = −α Δ + μ δ₋₁`, in [0, 1). Defaults to `0.0`.
+        damping: ε: a non-negative float or a schedule of the iteration. No
+            direction is magnified more than 1/ε times. Defaults to `0.1`.
+        relative_damping: Whether ε counts in mean eigenvalues of each
+            layer's Σ, so that the unit of the inputs does not matter.
+            Defaults to `True`.
+        factor_decay: Decay β of the running averages of the second moments,
+            in [0, 1). Defaults to `0.95`.
+        curvature_update_period: Steps between updates of the second moments.
+            Defaults to `10`.
+        inverse_update_period: Steps between whitenings: refreshes of
+            (Σ + εI)⁻¹. Defaults to `100`.
+        refresh_growth: Warm-up of both periods: the gap after step t is at
+            most `refresh_growth · t` steps. `None` for no warm-up. Defaults
+            to `0.15`.
+        weight_sharing: `"expand"` counts every position at which a layer is
+            applied as an example, `"reduce"` takes their mean first.
+        max_factor_size: A layer with more inputs keeps the diagonal of Σ.
+            Defaults to `4096`.
+        log_statistics: Whether `fit` logs `statistics` beside the metrics.
+        name: Name of the optimizer.
+        **kwargs: Further arguments of `keras.optimizers.Optimizer`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+
+    ```python
+    optimizer = keras_natgrad.PRONG().attach(model)
+    model.compile(optimizer, loss="sparse_categorical_crossentropy")
+    model.fit(x, y, batch_size=50)
+    ```
+
+    References:
+        - Desjardins et al., 2015, arXiv:1507.00210.
+        - Benzing, 2022, arXiv:2201.12250 (the same factor, all of it damped:
+          the block `"foof"`).
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.3,
+        momentum: float = 0.0,
+        damping: Any = 0.1,
+        relative_damping: bool = True,
+        factor_decay: float = 0.95,
+        curvature_update_period: int = 10,
+        inverse_update_period: int = 100,
+        refresh_growth: float | None = 0.15,
+        weight_sharing: str = "expand",
+        max_factor_size: int = 4096,
+        log_statistics: bool = False,
+        name: str = "prong",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate, name=name, **kwargs)
+        _check_fraction("momentum", momentum)
+        _check_fraction("factor_decay", factor_decay)
+        self._hide("length", StepLength(False, float(momentum)))
+        self._hide("damping", _damping(damping))
+        self.factor_decay = factor_decay
+        self._hide(
+            "refresh",
+            Refresh(
+                curvature_update_period, inverse_update_period, refresh_growth
+            ),
+        )
+        self._hide(
+            "block_options",
+            BlockOptions(
+                "input_factor",
+                weight_sharing,
+                max_factor_size,
+                fallback="plain",
+                damp_bias=False,
+                relative_damping=bool(relative_damping),
+            ),
+        )
+        self.log_statistics = log_statistics
+        # No quadratic model, no cotangents: no loss but its gradient.
+        self.fisher = "propagated"
+        self.quadratic_model = "exact"
+        self.norm_constraint = None
+        self.seed = 0
+        self._hide("line_search", None)
+        self._hide("_velocities", [])
+
+    # -- The loss ----------------------------------------------------------
+
+    @override
+    def receive_choices(self, choices: Sequence[Choice]) -> None:
+        rows = [(*choice.row()[:2], _UNUSED) for choice in choices]
+        self._hide("_loss_rows", rows)
+
+    @override
+    def loss_rows(self) -> list[tuple[str, str, str]]:
+        return [(*row[:2], _UNUSED) for row in super().loss_rows()]
+
+    @override
+    def receive_curvature(
+        self,
+        tape: CurvatureTape,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+    ) -> None:
+        outputs = tape.model_outputs
+        unknown = tape.terms is None and self.attached_head() is None
+        if unknown and outputs is not None:
+            # A custom loop needs no head: all examples have one weight.
+            tape.observe(
+                [
+                    OutputTerm(y, ObservedLoss(), LossWeight().coefficients(y))
+                    for y in keras.tree.flatten(outputs)
+                ]
+            )
+        super().receive_curvature(tape, gradients, variables)
+
+    # -- State -------------------------------------------------------------
+
+    @override
+    def build_curvature(self, plan: Plan, variables: list[Any]) -> None:
+        super().build_curvature(plan, variables)
+        # The curvature of a regularizer is none of the inputs.
+        self._hide("_ridge", [0.0 for _ in variables])
+
+    @override
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        damping = self.damping
+        if not isinstance(damping, float):
+            damping = keras.saving.serialize_keras_object(damping)
+        config.update(
+            momentum=self.length.momentum,
+            damping=damping,
+            relative_damping=self.block_options.relative_damping,
+            factor_decay=self.factor_decay,
+            curvature_update_period=self.refresh.curvature_period,
+            inverse_update_period=self.refresh.inverse_period,
+            refresh_growth=self.refresh.growth,
+            weight_sharing=self.block_options.weight_sharing,
+            max_factor_size=self.block_options.max_factor_size,
+            log_statistics=self.log_statistics,
+        )
+        return config
+
+
+_UNUSED = "not needed: G = I"
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` must be a float in [0, 1). Received: {name}={value!r}"
+        )
+
+
+def _damping(value: Any) -> Any:
+    """Returns a float or a schedule; there is no model to adapt it to."""
+    found = None if value == "auto" else get_damping(value)
+    if isinstance(found, (float, LearningRateSchedule)):
+        return found
+    raise ValueError(
+        "`damping` must be a non-negative float or a "
+        "keras.optimizers.schedules.LearningRateSchedule. "
+        f"Received: damping={value!r}"
+    )
