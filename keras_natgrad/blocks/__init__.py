@@ -7,17 +7,27 @@ from keras_natgrad.blocks.fallback import (
     GradientScalarBlock,
 )
 from keras_natgrad.blocks.full import FullBlock
+from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock, WeightSharing
 from keras_natgrad.blocks.registry import check_kind, create, register_block
+from keras_natgrad.blocks.unitwise import (
+    CoupledBlock,
+    MetricBlock,
+    UnitwiseBlock,
+)
 
 __all__ = [
     "Block",
     "BlockShape",
+    "CoupledBlock",
     "DiagonalBlock",
     "FullBlock",
     "GradientDiagonalBlock",
     "GradientScalarBlock",
+    "IdentityBlock",
     "KroneckerBlock",
+    "MetricBlock",
+    "UnitwiseBlock",
     "WeightSharing",
     "check_kind",
     "create",

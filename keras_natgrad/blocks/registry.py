@@ -9,6 +9,7 @@ from keras_natgrad.blocks.diagonal import DiagonalBlock
 from keras_natgrad.blocks.full import FullBlock
 from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock
+from keras_natgrad.blocks.unitwise import CoupledBlock, UnitwiseBlock
 
 _BLOCKS: dict[str, type[Block]] = {
     "kronecker": KroneckerBlock,
@@ -16,6 +17,8 @@ _BLOCKS: dict[str, type[Block]] = {
     "diagonal": DiagonalBlock,
     "full": FullBlock,
     "identity": IdentityBlock,
+    "unitwise": UnitwiseBlock,
+    "coupled": CoupledBlock,
 }
 
 

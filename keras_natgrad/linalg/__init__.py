@@ -1,5 +1,6 @@
 """Pure functions on tensors: inverses and Kronecker products."""
 
+from keras_natgrad.linalg.batched import DampedInverses, damped_inverses
 from keras_natgrad.linalg.kronecker import (
     flatten_matrix,
     kronecker_operator,
@@ -16,8 +17,10 @@ from keras_natgrad.linalg.scalars import scalar
 
 __all__ = [
     "DampedInverse",
+    "DampedInverses",
     "DampedSolution",
     "damped_inverse",
+    "damped_inverses",
     "damped_solve",
     "flatten_matrix",
     "kronecker_operator",

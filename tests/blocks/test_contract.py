@@ -6,11 +6,13 @@ import tensorflow as tf
 
 from keras_natgrad.blocks import (
     BlockShape,
+    CoupledBlock,
     DiagonalBlock,
     FullBlock,
     GradientDiagonalBlock,
     GradientScalarBlock,
     KroneckerBlock,
+    UnitwiseBlock,
 )
 
 KINDS = {
@@ -22,6 +24,8 @@ KINDS = {
     "diagonal_both": ("kronecker", {"max_factor_size": 1}),
     "input": ("kronecker", {"sides": "input"}),
     "output": ("kronecker", {"sides": "output"}),
+    "unitwise": ("unitwise", {}),
+    "coupled": ("coupled", {}),
 }
 DAMPING = 0.3
 
@@ -159,6 +163,8 @@ def test_compiles_under_xla(block, data, feed):
         (KroneckerBlock, 2 * (9 + 4)),
         (DiagonalBlock, 2 * 6),
         (FullBlock, 2 * 36),
+        (CoupledBlock, 2 * 36),
+        (UnitwiseBlock, 2 * 2 * 9),
         (GradientDiagonalBlock, 2 * 6),
         (GradientScalarBlock, 2),
     ],
