@@ -17,13 +17,14 @@ from keras_natgrad import (
 from keras_natgrad.blocks import register_block
 from keras_natgrad.capture import CurvatureTape, register_layer
 from keras_natgrad.fisher import fisher
-from keras_natgrad.optimizers import KFAC, NaturalGradient
+from keras_natgrad.optimizers import KFAC, RNGD, NaturalGradient
 from keras_natgrad.step import LevenbergMarquardt, LineSearch
 from keras_natgrad.training import ResidualModel
 from keras_natgrad.version import __version__
 
 __all__ = [
     "KFAC",
+    "RNGD",
     "CurvatureTape",
     "LevenbergMarquardt",
     "LineSearch",

@@ -3,5 +3,6 @@
 from keras_natgrad.optimizers.base import CurvatureOptimizer
 from keras_natgrad.optimizers.kfac import KFAC
 from keras_natgrad.optimizers.natural_gradient import NaturalGradient
+from keras_natgrad.optimizers.rngd import RNGD
 
-__all__ = ["KFAC", "CurvatureOptimizer", "NaturalGradient"]
+__all__ = ["KFAC", "RNGD", "CurvatureOptimizer", "NaturalGradient"]
