@@ -20,6 +20,9 @@ _VARIANCES: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "poisson": lambda h: h,
 }
 
+# Two examples of four units, on which activations are tried.
+_PROBE = ((-1.3, 0.4, 0.9, 1.7), (0.6, -0.2, 2.1, 0.1))
+
 Coefficient: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
 
 
@@ -195,18 +198,22 @@ def _check_elementwise(activation: Any, name: str, layer_name: str) -> None:
             f"use horizon='full'. Received: activation={activation!r}"
         )
 
+    t = tf.constant(_PROBE, keras.config.floatx())
+    with tf.GradientTape() as tape:
+        tape.watch(t)
+        values = tf.convert_to_tensor(activation(t))
+    if values.shape != t.shape:
+        raise refuse("does not keep the shape of its argument")
+    if tape.gradient(values, t) is None:
+        raise refuse("has no derivative")
     # Outside of the graph that is being traced, if any.
     with tf.init_scope():
-        t = tf.constant([[-1.3, 0.4, 0.9, 1.7], [0.6, -0.2, 2.1, 0.1]])
-        other = tf.tensor_scatter_nd_add(t, [[0, 1]], [0.5])
-        with tf.GradientTape() as tape:
-            tape.watch(t)
-            values = tf.convert_to_tensor(activation(t))
-        if values.shape != t.shape:
-            raise refuse("does not keep the shape of its argument")
-        if tape.gradient(values, t) is None:
-            raise refuse("has no derivative")
-        moved = tf.not_equal(tf.convert_to_tensor(activation(other)), values)
-        moved = tf.tensor_scatter_nd_update(moved, [[0, 1]], [False])
-        if bool(tf.reduce_any(moved)):
+        moved = [[0, 1]]
+        first = tf.constant(_PROBE, t.dtype)
+        second = tf.tensor_scatter_nd_add(
+            first, moved, tf.constant([0.5], t.dtype)
+        )
+        changed = tf.not_equal(activation(first), activation(second))
+        changed = tf.tensor_scatter_nd_update(changed, moved, [False])
+        if bool(tf.reduce_any(changed)):
             raise refuse("does not act on each unit alone")

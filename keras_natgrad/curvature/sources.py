@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+from keras_natgrad._compat import flatten_layers
+from keras_natgrad.capture import linear_map
 from keras_natgrad.capture.following import find_following
 from keras_natgrad.curvature.responses import (
     ResponseOptions,
@@ -101,11 +103,12 @@ def find_sources(
             has no information.
     """
     horizon = options.horizon
-    if layers and isinstance(horizon, int) and horizon > len(layers):
+    depth = sum(linear_map(each) is not None for each in flatten_layers(model))
+    if layers and isinstance(horizon, int) and horizon > depth:
         raise ValueError(
             f"The horizon of the layer {layers[0].name!r} goes beyond the "
-            f"network, which has {len(layers)} captured layers. Use a smaller "
-            f"one, or horizon='full'. Received: horizon={horizon}"
+            f"network, which has {depth} layers with a linear map. Use a "
+            f"smaller one, or horizon='full'. Received: horizon={horizon}"
         )
     return [
         _find_source(model, layer, options, index in (0, len(layers) - 1))
