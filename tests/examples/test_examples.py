@@ -277,7 +277,7 @@ def test_directions_of_the_post(monkeypatch):
 
 
 def test_rngd_mnist(tmp_path):
-    """RNGD is ahead of SGD at the same rate; what is printed is what is saved."""
+    """RNGD is ahead of SGD at one rate; what is printed is what is saved."""
     path, results = tmp_path / "new" / "figure.png", tmp_path / "results.json"
     output = run(
         "rngd_mnist.py",
