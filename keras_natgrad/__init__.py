@@ -18,7 +18,7 @@ from keras_natgrad import (
 from keras_natgrad.blocks import register_block
 from keras_natgrad.capture import CurvatureTape, register_layer
 from keras_natgrad.fisher import fisher
-from keras_natgrad.optimizers import KFAC, PRONG, NaturalGradient
+from keras_natgrad.optimizers import KFAC, PRONG, RNGD, NaturalGradient
 from keras_natgrad.step import LevenbergMarquardt, LineSearch, Spring
 from keras_natgrad.training import ResidualModel
 from keras_natgrad.version import __version__
@@ -26,6 +26,7 @@ from keras_natgrad.version import __version__
 __all__ = [
     "KFAC",
     "PRONG",
+    "RNGD",
     "CurvatureTape",
     "LevenbergMarquardt",
     "LineSearch",

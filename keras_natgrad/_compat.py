@@ -215,3 +215,38 @@ def is_scratch_graph(graph: Any) -> bool:
     Such a graph is known by the name that Keras gives it.
     """
     return str(getattr(graph, "name", "")).startswith("scratch_graph")
+
+
+class LayerGraph(NamedTuple):
+    """How the layers of a sequential or functional model follow each other.
+
+    Attributes:
+        consumers: Per `id` of a layer (or operation), those that its output
+            goes to, one entry per use.
+        outputs: The `id`s of those that make an output of the model.
+    """
+
+    consumers: dict[int, list[Any]]
+    outputs: set[int]
+
+
+def layer_graph(model: keras.Model) -> LayerGraph | None:
+    """Returns the graph of a built model, `None` for a subclassed one.
+
+    Keras shows the layers of a functional model, but not what connects them.
+    """
+    functional = getattr(model, "_functional", None) or model
+    by_depth = getattr(functional, "_nodes_by_depth", None)
+    if by_depth is None:
+        return None
+    consumers: dict[int, list[Any]] = {}
+    for node in (node for nodes in by_depth.values() for node in nodes):
+        for parent in node.parent_nodes:
+            consumers.setdefault(id(parent.operation), []).append(
+                node.operation
+            )
+    outputs = {
+        id(tensor._keras_history.operation)
+        for tensor in keras.tree.flatten(functional.outputs)
+    }
+    return LayerGraph(consumers, outputs)

@@ -285,3 +285,27 @@ def test_every_function_is_tested():
     tests = [name for name in globals() if name.startswith("test_")]
     for function in functions:
         assert any(test.startswith(f"test_{function}") for test in tests)
+
+
+def test_layer_graph():
+    x = keras.Input((3,))
+    first, second, third = (layers.Dense(2) for _ in range(3))
+    hidden = first(x)
+    model = keras.Model(x, [second(hidden), third(hidden)])
+    graph = _compat.layer_graph(model)
+    assert {id(layer) for layer in graph.consumers[id(first)]} == {
+        id(second),
+        id(third),
+    }
+    assert graph.outputs == {id(second), id(third)}
+    chain = keras.Sequential([keras.Input((3,)), first, second])
+    graph = _compat.layer_graph(chain)
+    assert graph.consumers[id(first)] == [second]
+    assert graph.outputs == {id(second)}
+
+
+def test_layer_graph_of_a_subclassed_model():
+    class Net(keras.Model):
+        pass
+
+    assert _compat.layer_graph(Net()) is None

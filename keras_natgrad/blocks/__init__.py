@@ -8,20 +8,30 @@ from keras_natgrad.blocks.fallback import (
     PlainGradientBlock,
 )
 from keras_natgrad.blocks.full import FullBlock
+from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock, WeightSharing
 from keras_natgrad.blocks.registry import check_kind, create, register_block
+from keras_natgrad.blocks.unitwise import (
+    CoupledBlock,
+    MetricBlock,
+    UnitwiseBlock,
+)
 
 __all__ = [
     "Block",
     "BlockShape",
+    "CoupledBlock",
     "DiagonalBlock",
     "FullBlock",
     "GradientDiagonalBlock",
     "GradientScalarBlock",
+    "IdentityBlock",
     "InputFactorBlock",
     "KroneckerBlock",
+    "MetricBlock",
     "PlainGradientBlock",
+    "UnitwiseBlock",
     "WeightSharing",
     "check_kind",
     "create",

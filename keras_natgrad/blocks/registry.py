@@ -10,6 +10,7 @@ from keras_natgrad.blocks.full import FullBlock
 from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock
+from keras_natgrad.blocks.unitwise import CoupledBlock, UnitwiseBlock
 
 _BLOCKS: dict[str, type[Block]] = {
     "kronecker": KroneckerBlock,
@@ -19,6 +20,8 @@ _BLOCKS: dict[str, type[Block]] = {
     "identity": IdentityBlock,
     "input_factor": InputFactorBlock,
     "foof": InputFactorBlock,
+    "unitwise": UnitwiseBlock,
+    "coupled": CoupledBlock,
 }
 
 

@@ -9,6 +9,13 @@ from keras_natgrad.curvature.cotangents import (
 from keras_natgrad.curvature.entry import BlockOptions, Entry
 from keras_natgrad.curvature.estimator import BlockDiagonal
 from keras_natgrad.curvature.products import estimated_gram, fisher_gram
+from keras_natgrad.curvature.relative import (
+    MetricSpec,
+    RelativeCurvature,
+    plan_metrics,
+)
+from keras_natgrad.curvature.responses import ResponseOptions
+from keras_natgrad.curvature.sources import HorizonOptions, find_sources
 
 __all__ = [
     "FISHER_KINDS",
@@ -17,8 +24,14 @@ __all__ = [
     "BlockOptions",
     "CapturedPass",
     "Entry",
+    "HorizonOptions",
+    "MetricSpec",
     "OutputTerm",
+    "RelativeCurvature",
+    "ResponseOptions",
     "estimated_gram",
+    "find_sources",
     "fisher_gram",
+    "plan_metrics",
     "random_cotangents",
 ]

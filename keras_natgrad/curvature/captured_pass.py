@@ -51,14 +51,14 @@ class CapturedPass:
     ) -> None:
         self.tape = tape
         self.terms = list(terms)
-        self._records = list(records)
+        self.records = list(records)
         self.captured = [entry for entry in entries if entry.layer is not None]
         self.fallbacks = [entry for entry in entries if entry.layer is None]
         self.variables = list(variables)
-        self._batch = tf.shape(self.terms[0].outputs)[0]
+        self.batch = tf.shape(self.terms[0].outputs)[0]
         self.inputs = [
-            record.canonical_inputs(entry.block.dtype, self._batch)
-            for entry, record in zip(self.captured, self._records, strict=True)
+            record.canonical_inputs(entry.block.dtype, self.batch)
+            for entry, record in zip(self.captured, self.records, strict=True)
         ]
         self.weights = example_weights(terms)
 
@@ -67,13 +67,13 @@ class CapturedPass:
         rest = [self.variables[entry.variables[0]] for entry in self.fallbacks]
         gradients, rest_gradients = self.tape.gradient(
             [term.outputs for term in self.terms],
-            ([list(record.preactivations) for record in self._records], rest),
+            ([list(record.preactivations) for record in self.records], rest),
             output_gradients=list(cotangents),
         )
         canonical = [
-            record.canonical_cotangents(g, entry.block.dtype, self._batch)
+            record.canonical_cotangents(g, entry.block.dtype, self.batch)
             for entry, record, g in zip(
-                self.captured, self._records, gradients, strict=True
+                self.captured, self.records, gradients, strict=True
             )
         ]
         flat = []
@@ -87,7 +87,7 @@ class CapturedPass:
         sizes = tf.add_n(
             [
                 tf.reduce_sum(
-                    tf.reshape(tf.square(cotangent), [self._batch, -1]), axis=1
+                    tf.reshape(tf.square(cotangent), [self.batch, -1]), axis=1
                 )
                 for cotangent in cotangents
             ]

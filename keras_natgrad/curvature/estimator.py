@@ -12,6 +12,7 @@ from keras_natgrad.blocks.base import VariableFactory
 from keras_natgrad.capture import Plan
 from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
 from keras_natgrad.curvature.cotangents import (
+    OutputTerm,
     column_cotangents,
     random_cotangents,
 )
@@ -46,9 +47,15 @@ class BlockDiagonal:
         options: BlockOptions,
     ) -> None:
         self.plan = plan
-        self.entries: list[Entry] = make_entries(plan, shapes, options)
+        self.entries = self.make_entries(shapes, options)
         self._variable_count = len(shapes)
         self._split_globally = options.damping_split == "global"
+
+    def make_entries(
+        self, shapes: Sequence[tuple[int, ...]], options: BlockOptions
+    ) -> list[Entry]:
+        """Returns one entry per captured layer and fallback variable."""
+        return make_entries(self.plan, shapes, options)
 
     @property
     def captured(self) -> list[Entry]:
@@ -133,21 +140,13 @@ class BlockDiagonal:
         self, captured: CapturedPass, seed: tf.Tensor
     ) -> Statistics:
         """Sums the cotangent statistics over all columns of L."""
-        total: Any = None
-        for index, term in enumerate(captured.terms):
-
-            def contribution(column: tf.Tensor, index: int = index) -> Any:
-                folded = tf.random.fold_in(seed, column, alg="philox")
-                return self._cotangent_statistics(
-                    captured,
-                    captured.backward(
-                        column_cotangents(captured.terms, index, column, folded)
-                    ),
-                )
-
-            summed = _sum_over(contribution, term.column_count())
-            total = summed if total is None else _add(total, summed)
-        return total
+        return sum_over_columns(
+            captured.terms,
+            lambda cotangents: self._cotangent_statistics(
+                captured, captured.backward(cotangents)
+            ),
+            seed,
+        )
 
     def accumulate(
         self, statistics: Statistics, decay: float | tf.Tensor
@@ -267,6 +266,30 @@ def _prefixed(add_variable: VariableFactory, prefix: str) -> VariableFactory:
         return add_variable(f"{prefix}_{name}", shape, initializer)
 
     return add
+
+
+def sum_over_columns(
+    terms: Sequence[OutputTerm],
+    contribution: Callable[[list[tf.Tensor]], Any],
+    seed: tf.Tensor,
+) -> Any:
+    """Sums a function of the cotangents over all columns of L of all terms.
+
+    Args:
+        terms: Outputs.
+        contribution: Takes one cotangent per output.
+        seed: int32 `[2]`.
+    """
+    total: Any = None
+    for index, term in enumerate(terms):
+
+        def one(column: tf.Tensor, index: int = index) -> Any:
+            folded = tf.random.fold_in(seed, column, alg="philox")
+            return contribution(column_cotangents(terms, index, column, folded))
+
+        summed = _sum_over(one, term.column_count())
+        total = summed if total is None else _add(total, summed)
+    return total
 
 
 def _add(left: Any, right: Any) -> Any:

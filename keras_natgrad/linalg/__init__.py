@@ -1,5 +1,6 @@
 """Pure functions on tensors: inverses, Kronecker products, signs."""
 
+from keras_natgrad.linalg.batched import DampedInverses, damped_inverses
 from keras_natgrad.linalg.kronecker import (
     flatten_matrix,
     kronecker_operator,
@@ -17,8 +18,10 @@ from keras_natgrad.linalg.signs import random_signs
 
 __all__ = [
     "DampedInverse",
+    "DampedInverses",
     "DampedSolution",
     "damped_inverse",
+    "damped_inverses",
     "damped_solve",
     "flatten_matrix",
     "kronecker_operator",

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 # A factorisation that fails is tried again with ten times the damping.
-_RETRY_GROWTH = 10.0
-_MAX_RETRIES = 8
+RETRY_GROWTH = 10.0
+MAX_RETRIES = 8
 # Side of the diagonal blocks that are left to the library's kernels.
 _LEAF = 128
 
@@ -60,7 +60,7 @@ def _retry(
     mean_diagonal = tf.reduce_mean(tf.linalg.diag_part(matrix))
     # A retry must raise the damping to something that rounding can see, also
     # when it was zero or tiny.
-    smallest = tf.cast(_rounding(matrix.dtype), matrix.dtype) * mean_diagonal
+    smallest = tf.cast(rounding(matrix.dtype), matrix.dtype) * mean_diagonal
 
     def attempt(total: tf.Tensor) -> tf.Tensor:
         return function(matrix + total * identity)
@@ -71,13 +71,13 @@ def _retry(
     def body(
         total: tf.Tensor, result: tf.Tensor, retries: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        total = tf.maximum(_RETRY_GROWTH * total, smallest)
+        total = tf.maximum(RETRY_GROWTH * total, smallest)
         return total, attempt(total), retries + 1
 
     damping = tf.cast(damping, matrix.dtype)
     _, result, retries = tf.while_loop(
         lambda _, result, retries: tf.logical_and(
-            failed(result), retries < _MAX_RETRIES
+            failed(result), retries < MAX_RETRIES
         ),
         body,
         (damping, attempt(damping), tf.constant(0, tf.int32)),
@@ -218,6 +218,6 @@ def _inverse_cholesky_blocks(
     return x, -tf.matmul(y, tf.matmul(k, x)), y
 
 
-def _rounding(dtype: tf.DType) -> float:
+def rounding(dtype: tf.DType) -> float:
     """Returns a multiple of the rounding unit that a Cholesky can resist."""
     return 1e-5 if dtype == tf.float32 else 1e-13

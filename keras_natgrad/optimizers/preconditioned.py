@@ -86,7 +86,7 @@ class PreconditionedOptimizer(RetractingOptimizer):
     @override
     def build_curvature(self, plan: Plan, variables: list[Any]) -> None:
         shapes = [tuple(v.shape) for v in variables]
-        self._hide("curvature", BlockDiagonal(plan, shapes, self.block_options))
+        self._hide("curvature", self.make_blocks(plan, shapes))
         add = self.add_curvature_variable
         self._hide("state", StepState(add, self.add_variable))
         names = [
@@ -110,6 +110,12 @@ class PreconditionedOptimizer(RetractingOptimizer):
             (e.variables[0], e.variables[-1]) for e in self.curvature.entries
         ]
         self._hide("_ridge_rows", [Ridge(ridge[i], ridge[j]) for i, j in pairs])
+
+    def make_blocks(
+        self, plan: Plan, shapes: Sequence[tuple[int, ...]]
+    ) -> BlockDiagonal:
+        """Returns the unbuilt blocks of the network."""
+        return BlockDiagonal(plan, shapes, self.block_options)
 
     def summary(self, print_fn: Any = None) -> None:
         """Prints what each layer got: block, shapes, memory, approximation.

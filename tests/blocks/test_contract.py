@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from keras_natgrad.blocks import (
     BlockShape,
+    CoupledBlock,
     DiagonalBlock,
     FullBlock,
     GradientDiagonalBlock,
@@ -13,6 +14,7 @@ from keras_natgrad.blocks import (
     InputFactorBlock,
     KroneckerBlock,
     PlainGradientBlock,
+    UnitwiseBlock,
 )
 
 KINDS = {
@@ -31,6 +33,8 @@ KINDS = {
         "input_factor",
         {"biased": True, "max_factor_size": 1},
     ),
+    "unitwise": ("unitwise", {}),
+    "coupled": ("coupled", {}),
 }
 DAMPING = 0.3
 
@@ -168,6 +172,8 @@ def test_compiles_under_xla(block, data, feed):
         (KroneckerBlock, 2 * (9 + 4)),
         (DiagonalBlock, 2 * 6),
         (FullBlock, 2 * 36),
+        (CoupledBlock, 2 * 36),
+        (UnitwiseBlock, 2 * 2 * 9),
         (GradientDiagonalBlock, 2 * 6),
         (GradientScalarBlock, 2),
         (InputFactorBlock, 2 * 9),

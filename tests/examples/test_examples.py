@@ -317,6 +317,50 @@ def test_directions_of_the_post(monkeypatch):
     )
 
 
+def test_rngd_mnist(tmp_path):
+    """RNGD is ahead of SGD at one rate; what is printed is what is saved."""
+    path, results = tmp_path / "new" / "figure.png", tmp_path / "results.json"
+    output = run(
+        "rngd_mnist.py",
+        *("--methods", "RNGD", "SGD", "--learning-rates", "1e-2"),
+        *("--epochs", "2", "--shape", "20", "20", "20"),
+        *("--output", str(path), "--out", str(results)),
+    )
+    rows = {
+        row[0]: [float(cell) for cell in row[1:]] for row in table_rows(output)
+    }
+    assert list(rows) == ["RNGD", "SGD"]
+    assert rows["RNGD"][1] < 0.7 * rows["SGD"][1]
+    assert rows["RNGD"][2] > rows["SGD"][2]
+    saved = json.loads(results.read_text(encoding="utf-8"))
+    assert saved["settings"]["shape"] == [20, 20, 20]
+    assert [each["method"] for each in saved["runs"]] == ["RNGD", "SGD"]
+    for each, row in zip(saved["runs"], rows.values(), strict=True):
+        assert len(each["seconds"]) == len(each["accuracy"]) == 2
+        np.testing.assert_allclose(each["cost"][-1], row[1], atol=1e-4)
+    assert_is_figure(path)
+
+
+@pytest.mark.slow
+def test_rngd_mnist_on_a_file(tmp_path):
+    """A file in the layout of MNIST, with batch normalisation."""
+    generator = np.random.default_rng(0)
+    arrays = {
+        f"x_{part}": generator.integers(0, 256, (140, 28, 28)).astype("uint8")
+        for part in ("train", "test")
+    }
+    labels = {f"y_{part}": np.arange(140) % 10 for part in ("train", "test")}
+    np.savez(tmp_path / "images.npz", **arrays, **labels)
+    output = run(
+        "rngd_mnist.py",
+        *("--data", str(tmp_path / "images.npz"), "--epochs", "1"),
+        *("--methods", "RNGD, authors' setting", "Adam BNB", "Adam BNA"),
+        *("--seeds", "2", "--output", str(tmp_path / "figure.png")),
+    )
+    assert len(table_rows(output)) == 3
+    assert_is_figure(tmp_path / "figure.png")
+
+
 @pytest.mark.slow
 def test_mnist_autoencoder_on_a_file(tmp_path):
     """A file in the layout of MNIST, with the large network."""
@@ -345,6 +389,7 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
         "pinn_poisson.py",
         "natural_gradient_cg.py",
         "prong.py",
+        "rngd_mnist.py",
     ],
 )
 def test_help_and_header(name):

@@ -33,6 +33,11 @@ OPTIMIZERS = {
         kng.solvers.ConjugateGradient(20, preconditioner="kronecker"),
         **kw,
     ),
+    # Small networks and few steps ask for a larger rate than the default.
+    "rngd": lambda **kw: kng.RNGD(0.3, relative_damping=0.01, **kw),
+    "rngd_far": lambda **kw: kng.RNGD(
+        0.3, 0.01, horizon=2, momentum=0.5, identity_start=True, **kw
+    ),
     "line_search": lambda **kw: kng.NaturalGradient(kng.LineSearch(), **kw),
     "prong": kng.PRONG,
     "prong_momentum": lambda **kw: kng.PRONG(
@@ -136,7 +141,9 @@ def test_config_round_trip(make):
     ],
     ids=lambda kwargs: next(iter(kwargs)),
 )
-@pytest.mark.parametrize("name", ["natural_gradient", "kernel", "cg", "prong"])
+@pytest.mark.parametrize(
+    "name", ["natural_gradient", "kernel", "cg", "prong", "rngd"]
+)
 def test_base_arguments(name, kwargs):
     """Those of KFAC have tests of their own."""
     make = OPTIMIZERS[name]

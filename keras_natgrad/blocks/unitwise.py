@@ -1,0 +1,348 @@
+"""Blocks that keep the metric of a layer unit by unit, or as a whole."""
+
+from __future__ import annotations
+
+import abc
+import functools
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from typing_extensions import override
+
+from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
+from keras_natgrad.linalg import damped_inverses, kronecker_operator, scalar
+
+
+class MetricBlock(Block):
+    """A block that averages and inverts k matrices `[n, n]` at once.
+
+    The damping of each matrix may follow its own scale,
+
+        (M_i + (λ + ρ tr M_i) I)⁻¹.
+
+    Where a matrix has no inverse, zero without damping, the last good one
+    stays; before the first there is none, and the gradient is not followed.
+
+    Args:
+        shape: `BlockShape`.
+        relative_damping: ρ.
+        identity_start: Whether the running average starts at the identity,
+            and keeps its share of it, rather than at the first batch.
+        response: What the metric is that of, for the summary.
+    """
+
+    def __init__(
+        self,
+        shape: BlockShape,
+        relative_damping: float = 0.0,
+        identity_start: bool = False,
+        response: str = "",
+    ) -> None:
+        super().__init__(shape)
+        self.relative_damping = relative_damping
+        self.identity_start = identity_start
+        self.response = response
+
+    @property
+    @abc.abstractmethod
+    def state_shape(self) -> tuple[int, int, int]:
+        """Shape `(k, n, n)` of the metric."""
+
+    @override
+    def build(self, add_variable: Any) -> None:
+        def add(name: str, shape: tuple[int, ...], initializer: Any) -> Any:
+            if self.identity_start and name == "metric":
+                initializer = _identities
+            if self.identity_start and name == "weight":
+                initializer = "ones"
+            return add_variable(name, shape, initializer)
+
+        super().build(add)
+
+    @override
+    def build_state(self) -> None:
+        self._metric = self.add_average("metric", self.state_shape)
+        self._inverse = self.add_cache("inverse", self.state_shape)
+
+    @override
+    @property
+    def memory(self) -> int:
+        return 2 * int(np.prod(self.state_shape))
+
+    @override
+    def input_statistics(
+        self, inputs: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        return ()
+
+    @override
+    def cotangent_statistics(
+        self, inputs: tf.Tensor, cotangents: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        def one_position() -> tf.Tensor:
+            moment = self.moment(cotangents[:, 0])
+            return self.metric_of(inputs[:, 0], moment)
+
+        def several_positions() -> tf.Tensor:
+            return self.metric_of_gradients(contract_shared(inputs, cotangents))
+
+        single = tf.equal(tf.shape(inputs)[1], 1)
+        return (tf.cond(single, one_position, several_positions),)
+
+    @abc.abstractmethod
+    def moment(self, cotangents: tf.Tensor) -> tf.Tensor:
+        """Returns what `metric_of` needs of cotangents `[batch, columns]`.
+
+        Moments of several columns of the loss factor may be summed.
+        """
+
+    @abc.abstractmethod
+    def metric_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> tf.Tensor:
+        """Returns the metric of inputs `[batch, rows]` and their moments."""
+
+    @abc.abstractmethod
+    def metric_of_gradients(self, gradients: tf.Tensor) -> tf.Tensor:
+        """Returns the metric of `[batch, rows, columns]` gradients."""
+
+    @override
+    def refresh(
+        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        (metric,) = self.averages()
+        relative = scalar(self.relative_damping, metric.dtype)
+        dampings = tf.cast(damping, metric.dtype) + relative * tf.linalg.trace(
+            metric
+        )
+        result = damped_inverses(metric, dampings)
+        self._inverse.assign(
+            tf.where(
+                result.succeeded[:, tf.newaxis, tf.newaxis],
+                result.inverses,
+                self._inverse.value,
+            )
+        )
+        failures = tf.reduce_sum(tf.cast(~result.succeeded, tf.int32))
+        return result.retries, failures
+
+    @override
+    def describe(self) -> str:
+        parts = [self.response] if self.response else []
+        return ", ".join([*parts, self.describe_state()])
+
+    @abc.abstractmethod
+    def describe_state(self) -> str:
+        """Says what is stored."""
+
+
+class UnitwiseBlock(MetricBlock):
+    """One metric per output unit, `M_j = Σ_n (Σ_s ā_s g_sj)(Σ_s ā_s g_sj)ᵀ`.
+
+    It is the exact Fisher of a layer whose units respond independently, and
+    the diagonal blocks of any other. Units may share a metric, the mean of
+    theirs, group by group in the order of their indices.
+
+    Cost: `G N n²` for the statistics, `G n³` for a refresh, `n² m` to
+    precondition, `2 G n²` memory, with G groups.
+
+    Args:
+        shape: `BlockShape`.
+        groups: Most groups that may share a metric; by default one per unit.
+        **kwargs: See `MetricBlock`.
+    """
+
+    kind = "unitwise"
+
+    def __init__(
+        self, shape: BlockShape, groups: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(shape, **kwargs)
+        most = shape.columns if groups is None else groups
+        if not 1 <= most <= shape.columns:
+            raise ValueError(
+                "`groups` must lie between 1 and the number of units, "
+                f"{shape.columns}. Received: groups={groups!r}"
+            )
+        #: Units per group; the last one may have fewer.
+        self.group_size = -(-shape.columns // most)
+        #: Number of groups.
+        self.groups = -(-shape.columns // self.group_size)
+
+    @override
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return (self.groups, self.shape.rows, self.shape.rows)
+
+    @override
+    @classmethod
+    def state_size(cls, shape: BlockShape) -> int:
+        return 2 * shape.columns * shape.rows**2
+
+    @functools.cached_property
+    def _shares(self) -> np.ndarray:
+        """`[columns, groups]`: takes the mean over the units of each group."""
+        group = np.arange(self.shape.columns) // self.group_size
+        members = np.eye(self.groups)[group]
+        return members / members.sum(axis=0)
+
+    @override
+    def moment(self, cotangents: tf.Tensor) -> tf.Tensor:
+        return tf.square(cotangents)
+
+    @override
+    def metric_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> tf.Tensor:
+        if self.groups < self.shape.columns:
+            shares = tf.constant(self._shares, moment.dtype)
+            moment = tf.matmul(moment, shares)
+        # All groups in one product: [G n, N] times [N, n].
+        rows = self.shape.rows
+        scaled = moment[:, :, tf.newaxis] * inputs[:, tf.newaxis]
+        scaled = tf.reshape(scaled, [-1, self.groups * rows])
+        product = tf.matmul(scaled, inputs, transpose_a=True)
+        return tf.reshape(product, self.state_shape)
+
+    @override
+    def metric_of_gradients(self, gradients: tf.Tensor) -> tf.Tensor:
+        by_unit = tf.transpose(gradients, [2, 0, 1])
+        metrics = tf.matmul(by_unit, by_unit, transpose_a=True)
+        if self.groups == self.shape.columns:
+            return metrics
+        shares = tf.constant(self._shares, gradients.dtype)
+        return tf.einsum("jab,jk->kab", metrics, shares)
+
+    @override
+    def trace(self) -> tf.Tensor:
+        (metric,) = self.averages()
+        return tf.reduce_sum(tf.linalg.trace(metric) * self._sizes)
+
+    @override
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        inverse = self._inverse.value
+        if self.groups == 1:
+            return tf.matmul(inverse[0], gradient)
+        rows, columns = self.shape.rows, self.shape.columns
+        missing = self.groups * self.group_size - columns
+        units = tf.pad(tf.transpose(gradient), [[0, missing], [0, 0]])
+        units = tf.reshape(units, [self.groups, self.group_size, rows])
+        # The inverses are symmetric: (P g)ᵀ = gᵀ P.
+        solved = tf.reshape(tf.matmul(units, inverse), [-1, rows])
+        return tf.transpose(solved[:columns])
+
+    @override
+    def operator(self) -> tf.linalg.LinearOperator:
+        (metric,) = self.averages()
+        rows, columns = self.shape.rows, self.shape.columns
+        if self.groups == 1:
+            return kronecker_operator(
+                tf.linalg.LinearOperatorFullMatrix(
+                    metric[0], is_self_adjoint=True
+                ),
+                tf.linalg.LinearOperatorIdentity(columns, dtype=metric.dtype),
+            )
+        by_unit = tf.linalg.LinearOperatorBlockDiag(
+            [
+                tf.linalg.LinearOperatorFullMatrix(
+                    metric[unit // self.group_size], is_self_adjoint=True
+                )
+                for unit in range(columns)
+            ]
+        )
+        # Rows of [n, m] in the order of the units: position (a, j) to (j, a).
+        order = np.arange(rows * columns).reshape(rows, columns).T.ravel()
+        sort = tf.linalg.LinearOperatorPermutation(order, dtype=metric.dtype)
+        return tf.linalg.LinearOperatorComposition(
+            [sort.adjoint(), by_unit, sort], is_self_adjoint=True
+        )
+
+    @override
+    def describe_state(self) -> str:
+        size = f"{self.shape.rows}²"
+        if self.groups == self.shape.columns:
+            return f"{size} per unit"
+        if self.groups == 1:
+            return f"{size} for all units"
+        return f"{size} per group of {self.group_size} units"
+
+    @property
+    def _sizes(self) -> tf.Tensor:
+        sizes = (self._shares > 0).sum(axis=0)
+        return tf.constant(sizes, self._metric.dtype)
+
+
+class CoupledBlock(MetricBlock):
+    """The full metric of a layer, `Σ_n V_n ⊗ x̃_n x̃_nᵀ`, for coupled units.
+
+    The same matrix as `FullBlock`. Columns of the loss factor at one position
+    are summed to `V_n = Σ g gᵀ` before they meet the inputs: `N n² m²` for
+    all of them, where `FullBlock` needs that for each. `(n m)³` for a
+    refresh, `2 (n m)²` memory.
+
+    Args:
+        shape: `BlockShape`.
+        **kwargs: See `MetricBlock`.
+    """
+
+    kind = "coupled"
+
+    @override
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return (1, self.shape.size, self.shape.size)
+
+    @override
+    @classmethod
+    def state_size(cls, shape: BlockShape) -> int:
+        return 2 * shape.size**2
+
+    @override
+    def moment(self, cotangents: tf.Tensor) -> tf.Tensor:
+        return cotangents[:, :, tf.newaxis] * cotangents[:, tf.newaxis]
+
+    @override
+    def metric_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> tf.Tensor:
+        n, m = self.shape.rows, self.shape.columns
+        moment = tf.reshape(moment, [-1, m * m])
+        if n <= m * m:  # The smaller one of two intermediate results.
+            outer = inputs[:, :, tf.newaxis] * inputs[:, tf.newaxis]
+            outer = tf.reshape(outer, [-1, n * n])
+            product = tf.matmul(outer, moment, transpose_a=True)
+            blocks = tf.reshape(product, [n, n, m, m])
+            ordered = tf.transpose(blocks, [0, 2, 1, 3])
+        else:
+            scaled = moment[:, :, tf.newaxis] * inputs[:, tf.newaxis]
+            scaled = tf.reshape(scaled, [-1, m * m * n])
+            product = tf.matmul(scaled, inputs, transpose_a=True)
+            blocks = tf.reshape(product, [m, m, n, n])
+            ordered = tf.transpose(blocks, [2, 0, 3, 1])
+        return tf.reshape(ordered, self.state_shape)
+
+    @override
+    def metric_of_gradients(self, gradients: tf.Tensor) -> tf.Tensor:
+        flat = tf.reshape(gradients, [-1, self.shape.size])
+        return tf.matmul(flat, flat, transpose_a=True)[tf.newaxis]
+
+    @override
+    def trace(self) -> tf.Tensor:
+        return tf.linalg.trace(self.averages()[0][0])
+
+    @override
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        flat = tf.reshape(gradient, [-1, 1])
+        solved = tf.matmul(self._inverse.value[0], flat)
+        return tf.reshape(solved, tf.shape(gradient))
+
+    @override
+    def operator(self) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorFullMatrix(
+            self.averages()[0][0], is_self_adjoint=True
+        )
+
+    @override
+    def describe_state(self) -> str:
+        return f"{self.shape.size}² for the layer"
+
+
+def _identities(shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
+    dtype = keras.backend.standardize_dtype(dtype)
+    return tf.eye(shape[-1], batch_shape=list(shape[:-2]), dtype=dtype)

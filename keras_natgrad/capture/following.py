@@ -1,0 +1,104 @@
+"""What comes after a layer: its activation and the next dense layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from keras_natgrad._compat import LayerGraph, layer_graph
+from keras_natgrad.capture.registry import linear_map
+
+#: Layers that are an activation, applied to each example alone.
+ACTIVATION_LAYERS = (
+    keras.layers.Activation,
+    keras.layers.ELU,
+    keras.layers.LeakyReLU,
+    keras.layers.PReLU,
+    keras.layers.ReLU,
+    keras.layers.Softmax,
+)
+# Layers without weights that mix no examples and may stand in between.
+_PASSING = (
+    keras.layers.Dropout,
+    keras.layers.Flatten,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.Identity,
+    keras.layers.Reshape,
+)
+
+
+@dataclass(frozen=True)
+class Following:
+    """What follows one layer.
+
+    Attributes:
+        activation: What is applied to the pre-activation first: a function,
+            an activation layer, or `keras.activations.linear`.
+        layer: The dense layer that comes next, or `None`.
+        is_output: Whether the model's output comes next.
+        obstacle: Where it is neither, why, in words.
+    """
+
+    activation: Any
+    layer: Any = None
+    is_output: bool = False
+    obstacle: str = ""
+
+
+def find_following(
+    model: keras.Model, layers: list[keras.layers.Layer]
+) -> list[Following]:
+    """Returns what follows each of some layers of a model.
+
+    An activation in a layer of its own counts as that of the layer before.
+    Only sequential and functional models say how their layers are connected;
+    of others, and of models inside models, the layer's own activation is all
+    that is known.
+
+    Args:
+        model: A built model.
+        layers: Layers of it.
+    """
+    graph = layer_graph(model)
+    return [_follow(layer, graph) for layer in layers]
+
+
+def _follow(layer: Any, graph: LayerGraph | None) -> Following:
+    linear = keras.activations.linear
+    activation = getattr(layer, "activation", None) or linear
+    if graph is None:
+        return Following(
+            activation,
+            obstacle="the model is neither sequential nor functional",
+        )
+    current = layer
+    while True:
+        found = graph.consumers.get(id(current), [])
+        is_output = id(current) in graph.outputs
+        if is_output and not found:
+            return Following(activation, is_output=True)
+        if not found:
+            return Following(activation, obstacle="it is inside another model")
+        if is_output or len(found) > 1:
+            places = len(found) + is_output
+            reason = f"the output of {current.name!r} goes to {places} places"
+            return Following(activation, obstacle=reason)
+        current = found[0]
+        if isinstance(current, ACTIVATION_LAYERS):
+            if activation is linear:
+                activation = current
+        elif _is_dense(current):
+            return Following(activation, current)
+        elif not isinstance(current, _PASSING):
+            kind = type(current).__name__
+            reason = f"{current.name!r} ({kind}) comes next, no Dense layer"
+            return Following(activation, obstacle=reason)
+
+
+def _is_dense(layer: Any) -> bool:
+    if not isinstance(layer, keras.layers.Dense):
+        return False
+    return linear_map(layer) is not None

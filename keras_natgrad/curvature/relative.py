@@ -1,0 +1,305 @@
+"""The relative Fisher of a network: each layer seen by a nearby response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+from typing_extensions import override
+
+from keras_natgrad.blocks import (
+    Block,
+    BlockShape,
+    CoupledBlock,
+    IdentityBlock,
+    MetricBlock,
+    UnitwiseBlock,
+)
+from keras_natgrad.capture import Plan, Taps
+from keras_natgrad.curvature.captured_pass import CapturedPass
+from keras_natgrad.curvature.cotangents import OutputTerm
+from keras_natgrad.curvature.entry import BlockOptions, Entry
+from keras_natgrad.curvature.estimator import (
+    BlockDiagonal,
+    Statistics,
+    sum_over_columns,
+)
+from keras_natgrad.curvature.sources import Source
+from keras_natgrad.heads.tensors import as_parameters
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """How one layer's metric is kept; plain data for a config.
+
+    Attributes:
+        block: `"unitwise"` or `"coupled"`.
+        groups: Groups of units that share a metric, for unitwise blocks.
+        response: What the metric is that of, in words.
+    """
+
+    block: str
+    groups: int | None
+    response: str
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns plain data for an optimizer's config."""
+        return asdict(self)
+
+
+def plan_metrics(
+    plan: Plan, sources: Sequence[Source], max_elements: int
+) -> list[MetricSpec]:
+    """Chooses the block of every layer.
+
+    Coupled units get one matrix for the layer, independent ones a matrix
+    each, as long as these have at most `max_elements` elements. Where coupled
+    units do not fit, their diagonal blocks are kept; where those do not fit
+    either, groups of units share the mean of their metrics.
+
+    Args:
+        plan: `Plan` of the network.
+        sources: What the metric of every layer is made of.
+        max_elements: Bound for one layer's metric.
+    """
+    specs = []
+    for layer, source in zip(plan.layers, sources, strict=True):
+        rows, columns = layer.layout.rows, layer.layout.columns
+        fits = (rows * columns) ** 2 <= max_elements
+        if source.couples and columns > 1 and fits:
+            specs.append(MetricSpec("coupled", None, source.name))
+            continue
+        groups = min(columns, max(1, max_elements // rows**2))
+        if source.same_for_all_units:
+            groups = 1
+        specs.append(MetricSpec("unitwise", groups, source.name))
+    return specs
+
+
+class RelativeCurvature(BlockDiagonal):
+    """The blocks of a network, with relative metrics.
+
+    Variables that no captured layer owns have no metric; their gradient
+    passes unchanged.
+
+    Args:
+        plan: `Plan` of the network.
+        shapes: Shapes of the optimizer's variables.
+        specs: `MetricSpec` of every captured layer.
+        relative_damping: Damping of a metric per unit of its trace.
+        identity_start: Whether the running averages start at the identity.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        shapes: Sequence[tuple[int, ...]],
+        specs: Sequence[MetricSpec],
+        relative_damping: float,
+        identity_start: bool,
+    ) -> None:
+        self._specs = list(specs)
+        self._options = {
+            "relative_damping": relative_damping,
+            "identity_start": identity_start,
+        }
+        super().__init__(plan, shapes, BlockOptions())
+
+    @override
+    def make_entries(
+        self, shapes: Sequence[tuple[int, ...]], options: BlockOptions
+    ) -> list[Entry]:
+        entries = []
+        for layer, spec in zip(self.plan.layers, self._specs, strict=True):
+            shape = BlockShape(layer.layout.rows, layer.layout.columns)
+            entries.append(
+                Entry(self._metric_block(shape, spec), layer.variables, layer)
+            )
+        for index in self.plan.fallback:
+            own = tuple(shapes[index])
+            size = int(tf.TensorShape(own).num_elements())
+            block: Block = IdentityBlock(BlockShape(size, 1))
+            entries.append(Entry(block, (index,), None, own))
+        return entries
+
+    def _metric_block(self, shape: BlockShape, spec: MetricSpec) -> Block:
+        options: dict[str, Any] = {**self._options, "response": spec.response}
+        if spec.block == "coupled":
+            return CoupledBlock(shape, **options)
+        return UnitwiseBlock(shape, spec.groups, **options)
+
+    # -- Statistics ------------------------------------------------------
+
+    def relative_statistics(
+        self,
+        captured: CapturedPass,
+        sources: Sequence[Source],
+        taps: Taps,
+        seed: tf.Tensor,
+    ) -> Statistics:
+        """Returns the statistics of one batch, one tuple per entry.
+
+        Per example every metric is `V ⊗ x̃ x̃ᵀ`. A response of the layer's own
+        independent units gives `V = diag(ν(z))` without a backward pass; any
+        other one is sent back to the layer, column by column.
+
+        Args:
+            captured: The forward pass.
+            sources: `Source` of every captured layer.
+            taps: The `Taps` of the pass.
+            seed: int32 `[2]`.
+        """
+        found: list[Any] = [()] * len(self.entries)
+        weights = tf.math.divide_no_nan(
+            captured.weights, tf.reduce_sum(captured.weights)
+        )
+        far: dict[int, list[int]] = {}
+        for index, source in enumerate(sources):
+            if source.kind in ("inputs", "own"):
+                found[index] = self._own(captured, index, source, weights)
+            else:
+                far.setdefault(id(source.layer), []).append(index)
+        for members in far.values():
+            terms = captured.terms
+            source = sources[members[0]]
+            if source.layer is not None:
+                terms = [_response_term(source, taps, weights)]
+            for index, statistics in zip(
+                members,
+                _far_statistics(captured, terms, members, seed),
+                strict=True,
+            ):
+                found[index] = statistics
+        return found
+
+    def _own(
+        self,
+        captured: CapturedPass,
+        index: int,
+        source: Source,
+        weights: tf.Tensor,
+    ) -> tuple[tf.Tensor, ...]:
+        """Returns the metric of independent units, or of the inputs."""
+        entry, inputs = captured.captured[index], captured.inputs[index]
+        block, record = entry.block, captured.records[index]
+        assert isinstance(block, UnitwiseBlock)
+        if source.response is not None:
+            information = record.canonical_cotangents(
+                [
+                    source.response.coefficient(as_parameters(z))
+                    for z in record.preactivations
+                ],
+                block.dtype,
+                captured.batch,
+            )
+        else:
+            information = tf.ones(
+                [*tf.unstack(tf.shape(inputs)[:2]), block.shape.columns],
+                inputs.dtype,
+            )
+        moment = tf.cast(weights, inputs.dtype)[:, tf.newaxis, tf.newaxis]
+        # The positions of one example respond independently, like examples.
+        metric = block.metric_of(
+            tf.reshape(inputs, [-1, block.shape.rows]),
+            tf.reshape(moment * information, [-1, block.shape.columns]),
+        )
+        return (metric,)
+
+    # -- Curvature -------------------------------------------------------
+
+    @override
+    def refresh(
+        self, damping: tf.Tensor, ridge: Sequence[float]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Recomputes every inverse; a regularizer is no part of a metric."""
+        retries = failures = tf.constant(0, tf.int32)
+        for entry in self.entries:
+            if entry.layer is None:
+                entry.block.refresh(tf.ones_like(damping))
+                continue
+            more_retries, more_failures = entry.block.refresh(damping)
+            retries += more_retries
+            failures += more_failures
+        return retries, failures
+
+
+def _response_term(
+    source: Source, taps: Taps, weights: tf.Tensor
+) -> OutputTerm:
+    """Returns the response of a layer, as if it were an output."""
+    layer: keras.layers.Layer = source.layer
+    uses = taps.record(layer).preactivations
+    if len(uses) != 1:
+        raise ValueError(
+            "A layer whose response is sent back must be used once in a "
+            f"forward pass. The layer {layer.name!r} was used {len(uses)} "
+            "times. Use horizon=1 or horizon='full'."
+        )
+    z = uses[0]
+    own = tf.reshape(
+        weights,
+        tf.concat([tf.shape(weights), tf.ones_like(tf.shape(z)[1:-1])], 0),
+    )
+    coefficients = tf.cast(own, z.dtype) * tf.ones_like(z[..., 0])
+    response: Any = source.response
+    return OutputTerm(z, response, tf.stop_gradient(coefficients))
+
+
+def _far_statistics(
+    captured: CapturedPass,
+    terms: Sequence[OutputTerm],
+    members: Sequence[int],
+    seed: tf.Tensor,
+) -> list[tuple[tf.Tensor, ...]]:
+    """Sends all columns of the terms' factors back to some layers."""
+    blocks: list[Any] = [captured.captured[index].block for index in members]
+    inputs = [captured.inputs[index] for index in members]
+
+    def summed(function: Callable[[Any, tf.Tensor, tf.Tensor], Any]) -> Any:
+        def contribution(cotangents: list[tf.Tensor]) -> Any:
+            back = _send_back(captured, terms, members, cotangents)
+            return [
+                function(block, a, g)
+                for block, a, g in zip(blocks, inputs, back, strict=True)
+            ]
+
+        return sum_over_columns(terms, contribution, seed)
+
+    def one_position() -> Any:
+        # Columns are summed to V before they meet the inputs.
+        moments = summed(lambda block, a, g: block.moment(g[:, 0]))
+        return [
+            (block.metric_of(a[:, 0], moment),)
+            for block, a, moment in zip(blocks, inputs, moments, strict=True)
+        ]
+
+    def several_positions() -> Any:
+        return summed(lambda block, a, g: block.cotangent_statistics(a, g))
+
+    assert all(isinstance(block, MetricBlock) for block in blocks)
+    single = tf.reduce_all([tf.equal(tf.shape(a)[1], 1) for a in inputs])
+    return tf.cond(single, one_position, several_positions)
+
+
+def _send_back(
+    captured: CapturedPass,
+    terms: Sequence[OutputTerm],
+    members: Sequence[int],
+    cotangents: Sequence[tf.Tensor],
+) -> list[tf.Tensor]:
+    """Returns the canonical cotangents at some layers' pre-activations."""
+    records = [captured.records[index] for index in members]
+    gradients = captured.tape.gradient(
+        [term.outputs for term in terms],
+        [list(record.preactivations) for record in records],
+        output_gradients=list(cotangents),
+    )
+    return [
+        record.canonical_cotangents(
+            g, captured.captured[index].block.dtype, captured.batch
+        )
+        for index, record, g in zip(members, records, gradients, strict=True)
+    ]
