@@ -13,8 +13,12 @@ from typing_extensions import override
 from keras_natgrad.blocks.base import Block, BlockShape, FactorScales
 from keras_natgrad.linalg import (
     DampedInverse,
+    OneHot,
+    Rows,
+    block_diagonal,
     damped_inverse,
     kronecker_operator,
+    to_dense,
     trace_norm_ratio,
 )
 
@@ -51,7 +55,9 @@ class KroneckerBlock(Block):
     A factor larger than `max_factor_size` is kept as its diagonal, so that
     no layer can ask for a 25 000² inverse. With `sides` only the input or
     only the output factor is used, the other one being a multiple of the
-    identity with the same trace (one-sided K-FAC).
+    identity with the same trace (one-sided K-FAC). The input factor of one-hot
+    inputs is diagonal by itself. A layer with groups has a pair of factors for
+    each group.
 
     Cost per layer: `N S (n² + m²)` for the statistics, `n³ + m³` for a
     refresh, `n m (n + m)` to precondition, `2 (n² + m²)` memory.
@@ -83,8 +89,11 @@ class KroneckerBlock(Block):
                 "`sides` must be 'both', 'input' or 'output'. "
                 f"Received: sides={sides!r}"
             )
-        self._input = _factor(shape.rows, max_factor_size, sides != "output")
-        self._output = _factor(shape.columns, max_factor_size, sides != "input")
+        bound = 0 if shape.one_hot else max_factor_size
+        self._input = _factor(shape.lead, shape.rows, bound, sides != "output")
+        self._output = _factor(
+            shape.lead, shape.columns, max_factor_size, sides != "input"
+        )
 
     @override
     def build_state(self) -> None:
@@ -96,7 +105,8 @@ class KroneckerBlock(Block):
     @override
     @classmethod
     def state_size(cls, shape: BlockShape) -> int:
-        return 2 * (shape.rows**2 + shape.columns**2)
+        squares = shape.rows**2 + shape.columns**2
+        return 2 * (shape.groups or 1) * squares
 
     @override
     @property
@@ -105,27 +115,34 @@ class KroneckerBlock(Block):
 
     @override
     def input_statistics(
-        self, inputs: tf.Tensor, weights: tf.Tensor
+        self, inputs: Rows, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
         if self.weight_sharing is WeightSharing.REDUCE:
-            inputs = tf.reduce_mean(inputs, axis=1, keepdims=True)
-        shared = tf.cast(tf.shape(inputs)[1], inputs.dtype)
+            inputs = to_dense(inputs)
+            inputs = tf.reduce_mean(inputs, axis=-2, keepdims=True)
+        if isinstance(inputs, OneHot):
+            shared = tf.cast(tf.shape(inputs.indices)[1], inputs.dtype)
+            scaled = inputs.scale(tf.sqrt(weights / shared)[:, tf.newaxis])
+            return (scaled.squares(),)
+        shared = tf.cast(tf.shape(inputs)[-2], inputs.dtype)
         scale = tf.sqrt(weights / shared)[:, tf.newaxis, tf.newaxis]
         return (self._input.second_moment(scale * inputs),)
 
     @override
     def cotangent_statistics(
-        self, inputs: tf.Tensor, cotangents: tf.Tensor
+        self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         if self.weight_sharing is WeightSharing.REDUCE:
-            cotangents = tf.reduce_sum(cotangents, axis=1, keepdims=True)
+            cotangents = tf.reduce_sum(cotangents, axis=-2, keepdims=True)
         return (self._output.second_moment(cotangents),)
 
     @override
     def trace(self) -> tf.Tensor:
         left, right = self.averages()
-        return self._input.trace(left) * self._output.trace(right)
+        return tf.reduce_sum(
+            self._input.trace(left) * self._output.trace(right)
+        )
 
     @override
     def refresh(
@@ -133,10 +150,9 @@ class KroneckerBlock(Block):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         left, right = self.averages()
         if ratio is None:
-            scales = self.factor_scales()
             ratio = trace_norm_ratio(
-                scales.input_trace / scales.input_size,
-                scales.output_trace / scales.output_size,
+                self._input.trace(left) / self._input.size,
+                self._output.trace(right) / self._output.size,
             )
         root = tf.sqrt(tf.cast(damping, left.dtype))
         first = self._input.invert(left, ratio * root)
@@ -152,10 +168,10 @@ class KroneckerBlock(Block):
     def factor_scales(self) -> FactorScales:
         left, right = self.averages()
         return FactorScales(
-            self._input.trace(left),
-            self._input.size,
-            self._output.trace(right),
-            self._output.size,
+            tf.reduce_sum(self._input.trace(left)),
+            self._input.size * self._input.groups,
+            tf.reduce_sum(self._output.trace(right)),
+            self._output.size * self._output.groups,
         )
 
     @override
@@ -165,30 +181,48 @@ class KroneckerBlock(Block):
     @override
     def operator(self) -> tf.linalg.LinearOperator:
         left, right = self.averages()
-        return kronecker_operator(
+        product = kronecker_operator(
             self._input.operator(left), self._output.operator(right)
         )
+        return block_diagonal(product, self.shape.groups)
 
     @override
     def describe(self) -> str:
         sides = f"{self._input.describe()} ⊗ {self._output.describe()}"
+        if self.shape.groups is not None:
+            sides = f"{self.shape.groups} × ({sides})"
         return f"{sides}, {self.weight_sharing.value}"
 
 
-def _factor(size: int, bound: int, used: bool) -> _Factor:
+def _factor(
+    lead: tuple[int, ...], size: int, bound: int, used: bool
+) -> _Factor:
     if not used:
-        return _ScalarFactor(size)
-    return _DenseFactor(size) if size <= bound else _DiagonalFactor(size)
+        return _ScalarFactor(lead, size)
+    if size <= bound:
+        return _DenseFactor(lead, size)
+    return _DiagonalFactor(lead, size)
 
 
 class _Factor(abc.ABC):
-    """One side of a Kronecker product: its average and its inverse."""
+    """One side of a Kronecker product: its average and its inverse.
+
+    Args:
+        lead: The axis of groups, if any: one factor for each.
+        size: Side of the factor.
+    """
 
     average: keras.Variable
     inverse: keras.Variable
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, lead: tuple[int, ...], size: int) -> None:
+        self.lead = lead
         self.size = size
+
+    @property
+    def groups(self) -> int:
+        """Number of factors."""
+        return math.prod(self.lead)
 
     @property
     @abc.abstractmethod
@@ -201,7 +235,7 @@ class _Factor(abc.ABC):
 
     @abc.abstractmethod
     def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        """Returns the sum of outer products of `[batch, shared, size]`."""
+        """Returns the sum of outer products of `[..., batch, shared, size]`."""
 
     @abc.abstractmethod
     def trace(self, average: tf.Tensor) -> tf.Tensor:
@@ -235,10 +269,10 @@ class _Factor(abc.ABC):
 class _DenseFactor(_Factor):
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.size, self.size)
+        return (*self.lead, self.size, self.size)
 
     def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        flat = tf.reshape(vectors, [-1, self.size])
+        flat = tf.reshape(vectors, [*self.lead, -1, self.size])
         return tf.matmul(flat, flat, transpose_a=True)
 
     def trace(self, average: tf.Tensor) -> tf.Tensor:
@@ -263,22 +297,22 @@ class _DenseFactor(_Factor):
 class _DiagonalFactor(_Factor):
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.size,)
+        return (*self.lead, self.size)
 
     def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(tf.square(vectors), axis=[0, 1])
+        return tf.reduce_sum(tf.square(vectors), axis=[-3, -2])
 
     def trace(self, average: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(average)
+        return tf.reduce_sum(average, axis=-1)
 
     def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return _reciprocal(average + damping)
+        return _reciprocal(average + damping[..., tf.newaxis])
 
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.inverse.value[:, tf.newaxis] * matrix
+        return self.inverse.value[..., tf.newaxis] * matrix
 
     def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return matrix * self.inverse.value
+        return matrix * self.inverse.value[..., tf.newaxis, :]
 
     def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
         return tf.linalg.LinearOperatorDiag(average, is_self_adjoint=True)
@@ -292,10 +326,11 @@ class _ScalarFactor(_Factor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return ()
+        return self.lead
 
     def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(tf.square(vectors)) / self.size
+        squares = tf.reduce_sum(tf.square(vectors), axis=[-3, -2, -1])
+        return squares / self.size
 
     def trace(self, average: tf.Tensor) -> tf.Tensor:
         return self.size * average
@@ -304,10 +339,10 @@ class _ScalarFactor(_Factor):
         return _reciprocal(average + damping)
 
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.inverse.value * matrix
+        return self.inverse.value[..., tf.newaxis, tf.newaxis] * matrix
 
     def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return matrix * self.inverse.value
+        return self.apply_left(matrix)
 
     def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
         return tf.linalg.LinearOperatorScaledIdentity(self.size, average)

@@ -18,7 +18,8 @@ class Backward:
     """What one backward pass brought to the layers.
 
     Attributes:
-        cotangents: Per captured entry, `g` of `[batch, shared, columns]`.
+        cotangents: Per captured entry, `g` of `[(groups,) batch, shared,
+            columns]`.
         gradients: Per fallback entry, the `[size, 1]` gradient summed over
             the batch.
         sizes: Squared norms of the cotangents sent back, one per example,
@@ -55,9 +56,10 @@ class CapturedPass:
         self.captured = [entry for entry in entries if entry.layer is not None]
         self.fallbacks = [entry for entry in entries if entry.layer is None]
         self.variables = list(variables)
-        self._batch = tf.shape(self.terms[0].outputs)[0]
+        #: Number of examples.
+        self.batch = tf.shape(self.terms[0].outputs)[0]
         self.inputs = [
-            record.canonical_inputs(entry.block.dtype, self._batch)
+            record.canonical_inputs(entry.block.dtype, self.batch)
             for entry, record in zip(self.captured, self._records, strict=True)
         ]
         self.weights = example_weights(terms)
@@ -71,7 +73,7 @@ class CapturedPass:
             output_gradients=list(cotangents),
         )
         canonical = [
-            record.canonical_cotangents(g, entry.block.dtype, self._batch)
+            record.canonical_cotangents(g, entry.block.dtype, self.batch)
             for entry, record, g in zip(
                 self.captured, self._records, gradients, strict=True
             )
@@ -87,7 +89,7 @@ class CapturedPass:
         sizes = tf.add_n(
             [
                 tf.reduce_sum(
-                    tf.reshape(tf.square(cotangent), [self._batch, -1]), axis=1
+                    tf.reshape(tf.square(cotangent), [self.batch, -1]), axis=1
                 )
                 for cotangent in cotangents
             ]

@@ -106,8 +106,13 @@ def make_entries(
     entries = []
     for layer in plan.layers:
         block = create(
-            options.block,
-            BlockShape(layer.layout.rows, layer.layout.columns),
+            _kind(layer, options),
+            BlockShape(
+                layer.layout.rows,
+                layer.layout.columns,
+                layer.layout.groups,
+                layer.layout.one_hot,
+            ),
             weight_sharing=options.weight_sharing,
             max_factor_size=options.max_factor_size,
         )
@@ -117,3 +122,10 @@ def make_entries(
         fallback = _FALLBACKS[options.fallback](BlockShape(math.prod(shape), 1))
         entries.append(Entry(fallback, (index,), None, shape))
     return entries
+
+
+def _kind(layer: LayerPlan, options: BlockOptions) -> str:
+    """Returns the chosen block, or the layer's own where none was chosen."""
+    if options.block == BlockOptions.block and layer.block is not None:
+        return layer.block
+    return options.block

@@ -269,7 +269,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         usable = all_finite(gradients) & in_support(terms) & has_weight(terms)
         # A loss may be infinite where its gradient is not.
         usable &= tf.reduce_all(tf.math.is_finite(tape.loss))
-        records = [tape.taps.record(layer) for layer in layers]
+        records = [tape.taps.record(layer, index) for layer, index in layers]
         _check_reached(records)
         observation = Observation(tape, terms, records, usable)
         observation.surged = self.has_surged(observation)
