@@ -102,7 +102,10 @@ def fisher(
     captured = CapturedPass(
         tape,
         mean_terms(outputs, head),
-        [taps.record(each) for each in match_layers(plan, model, variables)],
+        [
+            taps.record(layer_of, index)
+            for layer_of, index in match_layers(plan, model, variables)
+        ],
         curvature.entries,
         [variable.value for variable in variables],
     )
@@ -114,6 +117,8 @@ def fisher(
     for entry in curvature.entries:
         path = variables[entry.variables[0]].path
         name = path if entry.layer is None else entry.layer.path
+        if name in operators:  # A layer with several matrices.
+            name = path
         operators[name] = entry.block.operator()
     if layer is not None:
         return _select(operators, layer)

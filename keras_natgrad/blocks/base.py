@@ -10,7 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_natgrad.linalg import scalar
+from keras_natgrad.linalg import Rows, scalar, to_dense
 
 # Creates one named, saved optimizer variable: (name, shape, initializer).
 VariableFactory = Callable[[str, tuple[int, ...], str], keras.Variable]
@@ -24,17 +24,38 @@ class BlockShape:
         rows: Number of input features n, plus one where the layer has a bias
             (the homogeneous coordinate, last row).
         columns: Number of output features m.
+        groups: Number of groups with a matrix of their own each, or `None`
+            for a layer without groups. All tensors of a layer with groups
+            have them as their first axis.
+        one_hot: Whether the inputs are `linalg.OneHot`.
         biased: Whether the last row is that of a bias.
     """
 
     rows: int
     columns: int
+    groups: int | None = None
+    one_hot: bool = False
     biased: bool = False
 
     @property
     def size(self) -> int:
-        """Number of parameters, `rows × columns`."""
+        """Number of parameters, `groups × rows × columns`."""
+        return (self.groups or 1) * self.matrix_size
+
+    @property
+    def matrix_size(self) -> int:
+        """Number of parameters of one group."""
         return self.rows * self.columns
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Axes before rows and columns: the groups, if any."""
+        return () if self.groups is None else (self.groups,)
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """Shape of the parameters, `[(groups,) rows, columns]`."""
+        return (*self.lead, self.rows, self.columns)
 
 
 class FactorScales(NamedTuple):
@@ -54,7 +75,8 @@ class Block(abc.ABC):
     `g` of shape `[batch, shared, columns]` at its pre-activations. With the
     loss written as `Σ_i c_i ℓ_i`, the cotangents are `g_i = J_iᵀ √c_i L_i e`,
     so that the Fisher of the layer is the sum, over the columns `e` and over
-    the batch, of the outer products of `vec(Σ_s ā_s g_sᵀ)`.
+    the batch, of the outer products of `vec(Σ_s ā_s g_sᵀ)`. A layer with
+    groups has one such Fisher per group, and what crosses groups is left out.
 
     A step feeds a block in three calls. `input_statistics` is evaluated once
     and `cotangent_statistics` once per column (they are then summed);
@@ -123,24 +145,24 @@ class Block(abc.ABC):
 
     @abc.abstractmethod
     def input_statistics(
-        self, inputs: tf.Tensor, weights: tf.Tensor
+        self, inputs: Rows, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         """Returns the statistics of the inputs alone.
 
         Args:
-            inputs: Tensor `[batch, shared, rows]`.
+            inputs: Tensor `[(groups,) batch, shared, rows]`, or `OneHot`.
             weights: Tensor `[batch]`, relative weights of the examples.
         """
 
     @abc.abstractmethod
     def cotangent_statistics(
-        self, inputs: tf.Tensor, cotangents: tf.Tensor
+        self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         """Returns the statistics of one column of the loss factor.
 
         Args:
-            inputs: Tensor `[batch, shared, rows]`.
-            cotangents: Tensor `[batch, shared, columns]`.
+            inputs: Tensor `[(groups,) batch, shared, rows]`, or `OneHot`.
+            cotangents: Tensor `[(groups,) batch, shared, columns]`.
         """
 
     def accumulate(
@@ -198,17 +220,17 @@ class Block(abc.ABC):
 
     @abc.abstractmethod
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
-        """Returns `(F + λ I)⁻¹ vec(gradient)`, as a `[rows, columns]` matrix.
+        """Returns `(F + λ I)⁻¹ vec(gradient)`, shaped like the gradient.
 
         Args:
-            gradient: Tensor `[rows, columns]`.
+            gradient: Tensor `[(groups,) rows, columns]`.
         """
 
     @abc.abstractmethod
     def operator(self) -> tf.linalg.LinearOperator:
         """Returns the undamped Fisher block as a linear operator.
 
-        It acts on row-major flattened `[rows, columns]` matrices.
+        It acts on row-major flattened `[(groups,) rows, columns]` matrices.
         """
 
     def to_dense(self) -> tf.Tensor:
@@ -224,6 +246,14 @@ class Block(abc.ABC):
         return self.kind
 
 
-def contract_shared(inputs: tf.Tensor, cotangents: tf.Tensor) -> tf.Tensor:
-    """Returns the per-example gradients `Σ_s ā_s g_sᵀ`, `[batch, n, m]`."""
-    return tf.matmul(inputs, cotangents, transpose_a=True)
+def contract_shared(inputs: Rows, cotangents: tf.Tensor) -> tf.Tensor:
+    """Returns the per-example gradients `Σ_s ā_s g_sᵀ`.
+
+    Args:
+        inputs: `[(groups,) batch, shared, n]`, or `OneHot`.
+        cotangents: `[(groups,) batch, shared, m]`.
+
+    Returns:
+        Tensor `[(groups,) batch, n, m]`.
+    """
+    return tf.matmul(to_dense(inputs), cotangents, transpose_a=True)

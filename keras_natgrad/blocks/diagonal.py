@@ -6,13 +6,14 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
+from keras_natgrad.linalg import Rows, to_dense
 
 
 class DiagonalCurvature(Block):
     """A block whose Fisher is a diagonal: one average and its inverse.
 
-    Both have `state_shape`, which broadcasts to `[rows, columns]`. Subclasses
-    say what statistic the diagonal is the average of.
+    Both have `state_shape`, which broadcasts to `[(groups,) rows, columns]`.
+    Subclasses say what statistic the diagonal is the average of.
 
     Args:
         shape: `BlockShape`.
@@ -21,7 +22,7 @@ class DiagonalCurvature(Block):
     @property
     def state_shape(self) -> tuple[int, ...]:
         """Shape of the average and of the inverse."""
-        return (self.shape.rows, self.shape.columns)
+        return self.shape.matrix
 
     @override
     def build_state(self) -> None:
@@ -35,7 +36,7 @@ class DiagonalCurvature(Block):
 
     @override
     def input_statistics(
-        self, inputs: tf.Tensor, weights: tf.Tensor
+        self, inputs: Rows, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         return ()
 
@@ -62,10 +63,7 @@ class DiagonalCurvature(Block):
     @override
     def operator(self) -> tf.linalg.LinearOperator:
         (diagonal,) = self.averages()
-        flat = tf.reshape(
-            tf.broadcast_to(diagonal, [self.shape.rows, self.shape.columns]),
-            [-1],
-        )
+        flat = tf.reshape(tf.broadcast_to(diagonal, self.shape.matrix), [-1])
         return tf.linalg.LinearOperatorDiag(flat, is_self_adjoint=True)
 
 
@@ -84,18 +82,20 @@ class DiagonalBlock(DiagonalCurvature):
 
     @override
     def cotangent_statistics(
-        self, inputs: tf.Tensor, cotangents: tf.Tensor
+        self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
+        dense = to_dense(inputs)
+
         def one_position() -> tf.Tensor:
             return tf.matmul(
-                tf.square(inputs[:, 0]),
-                tf.square(cotangents[:, 0]),
+                tf.square(dense[..., 0, :]),
+                tf.square(cotangents[..., 0, :]),
                 transpose_a=True,
             )
 
         def several_positions() -> tf.Tensor:
-            gradients = contract_shared(inputs, cotangents)
-            return tf.reduce_sum(tf.square(gradients), axis=0)
+            gradients = contract_shared(dense, cotangents)
+            return tf.reduce_sum(tf.square(gradients), axis=-3)
 
-        single = tf.equal(tf.shape(inputs)[1], 1)
+        single = tf.equal(tf.shape(dense)[-2], 1)
         return (tf.cond(single, one_position, several_positions),)

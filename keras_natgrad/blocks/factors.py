@@ -12,27 +12,43 @@ from typing_extensions import override
 from keras_natgrad.linalg import DampedInverse, damped_inverse
 
 
-def make_factor(size: int, bound: int, used: bool) -> Factor:
+def make_factor(
+    lead: tuple[int, ...], size: int, bound: int, used: bool
+) -> Factor:
     """Returns a dense, a diagonal or, where it is not used, a scalar factor.
 
     Args:
+        lead: The axis of groups, if any: one factor for each.
         size: Its side.
         bound: Largest side of a dense one.
         used: Whether it is more than a multiple of the identity.
     """
     if not used:
-        return ScalarFactor(size)
-    return DenseFactor(size) if size <= bound else DiagonalFactor(size)
+        return ScalarFactor(lead, size)
+    if size <= bound:
+        return DenseFactor(lead, size)
+    return DiagonalFactor(lead, size)
 
 
 class Factor(abc.ABC):
-    """One side of a Kronecker product: its average and its inverse."""
+    """One side of a Kronecker product: its average and its inverse.
+
+    Args:
+        lead: The axis of groups, if any: one factor for each.
+        size: Side of the factor.
+    """
 
     average: keras.Variable
     inverse: keras.Variable
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, lead: tuple[int, ...], size: int) -> None:
+        self.lead = lead
         self.size = size
+
+    @property
+    def groups(self) -> int:
+        """Number of factors."""
+        return math.prod(self.lead)
 
     @property
     @abc.abstractmethod
@@ -46,11 +62,11 @@ class Factor(abc.ABC):
 
     @abc.abstractmethod
     def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        """Returns the sum of outer products of `[batch, shared, size]`."""
+        """Returns the sum of outer products of `[..., batch, shared, size]`."""
 
     @abc.abstractmethod
     def trace(self, average: tf.Tensor) -> tf.Tensor:
-        """Returns the trace of the factor."""
+        """Returns the trace of the factor, one per group."""
 
     @abc.abstractmethod
     def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
@@ -83,11 +99,11 @@ class DenseFactor(Factor):
     @override
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.size, self.size)
+        return (*self.lead, self.size, self.size)
 
     @override
     def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        flat = tf.reshape(vectors, [-1, self.size])
+        flat = tf.reshape(vectors, [*self.lead, -1, self.size])
         return tf.matmul(flat, flat, transpose_a=True)
 
     @override
@@ -121,27 +137,27 @@ class DiagonalFactor(Factor):
     @override
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.size,)
+        return (*self.lead, self.size)
 
     @override
     def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(tf.square(vectors), axis=[0, 1])
+        return tf.reduce_sum(tf.square(vectors), axis=[-3, -2])
 
     @override
     def trace(self, average: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(average)
+        return tf.reduce_sum(average, axis=-1)
 
     @override
     def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return _reciprocal(average + damping)
+        return _reciprocal(average + damping[..., tf.newaxis])
 
     @override
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.inverse.value[:, tf.newaxis] * matrix
+        return self.inverse.value[..., tf.newaxis] * matrix
 
     @override
     def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return matrix * self.inverse.value
+        return matrix * self.inverse.value[..., tf.newaxis, :]
 
     @override
     def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
@@ -158,11 +174,12 @@ class ScalarFactor(Factor):
     @override
     @property
     def shape(self) -> tuple[int, ...]:
-        return ()
+        return self.lead
 
     @override
     def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(tf.square(vectors)) / self.size
+        squares = tf.reduce_sum(tf.square(vectors), axis=[-3, -2, -1])
+        return squares / self.size
 
     @override
     def trace(self, average: tf.Tensor) -> tf.Tensor:
@@ -174,11 +191,11 @@ class ScalarFactor(Factor):
 
     @override
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.inverse.value * matrix
+        return self.inverse.value[..., tf.newaxis, tf.newaxis] * matrix
 
     @override
     def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return matrix * self.inverse.value
+        return self.apply_left(matrix)
 
     @override
     def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:

@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from keras_natgrad.blocks.base import BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalCurvature
+from keras_natgrad.linalg import Rows
 
 
 class GradientDiagonalBlock(DiagonalCurvature):
@@ -28,7 +29,7 @@ class GradientDiagonalBlock(DiagonalCurvature):
 
     @override
     def cotangent_statistics(
-        self, inputs: tf.Tensor, cotangents: tf.Tensor
+        self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         raise TypeError(f"{type(self).__name__} takes gradient_statistics.")
 

@@ -6,14 +6,15 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
-from keras_natgrad.linalg import damped_inverse
+from keras_natgrad.linalg import Rows, block_diagonal, damped_inverse
 
 
 class FullBlock(Block):
     """The full Fisher of a layer, `Σ_n vec(Σ_s ā g ᵀ) vec(Σ_s ā gᵀ)ᵀ`.
 
     Cost: `N (n m)²` for the statistics, `(n m)³` for a refresh, `2 (n m)²`
-    memory; for layers of up to a few hundred parameters.
+    memory; for layers of up to a few hundred parameters. A layer with groups
+    has one such matrix per group.
 
     Args:
         shape: `BlockShape`.
@@ -23,33 +24,35 @@ class FullBlock(Block):
 
     @override
     def build_state(self) -> None:
-        square = (self.shape.size, self.shape.size)
+        side = self.shape.matrix_size
+        square = (*self.shape.lead, side, side)
         self.add_average("fisher", square)
         self._inverse = self.add_cache("inverse", square)
 
     @override
     @classmethod
     def state_size(cls, shape: BlockShape) -> int:
-        return 2 * shape.size**2
+        return 2 * shape.size * shape.matrix_size
 
     @override
     def input_statistics(
-        self, inputs: tf.Tensor, weights: tf.Tensor
+        self, inputs: Rows, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         return ()
 
     @override
     def cotangent_statistics(
-        self, inputs: tf.Tensor, cotangents: tf.Tensor
+        self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         gradients = tf.reshape(
-            contract_shared(inputs, cotangents), [-1, self.shape.size]
+            contract_shared(inputs, cotangents),
+            [*self.shape.lead, -1, self.shape.matrix_size],
         )
         return (tf.matmul(gradients, gradients, transpose_a=True),)
 
     @override
     def trace(self) -> tf.Tensor:
-        return tf.linalg.trace(self.averages()[0])
+        return tf.reduce_sum(tf.linalg.trace(self.averages()[0]))
 
     @override
     def refresh(
@@ -63,13 +66,15 @@ class FullBlock(Block):
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
-        flat = tf.reshape(gradient, [-1, 1])
+        side = self.shape.matrix_size
+        flat = tf.reshape(gradient, [*self.shape.lead, side, 1])
         return tf.reshape(
             tf.matmul(self._inverse.value, flat), tf.shape(gradient)
         )
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
-        return tf.linalg.LinearOperatorFullMatrix(
+        operator = tf.linalg.LinearOperatorFullMatrix(
             self.averages()[0], is_self_adjoint=True
         )
+        return block_diagonal(operator, self.shape.groups)

@@ -6,6 +6,7 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.linalg import Rows
 
 
 class IdentityBlock(Block):
@@ -32,13 +33,13 @@ class IdentityBlock(Block):
 
     @override
     def input_statistics(
-        self, inputs: tf.Tensor, weights: tf.Tensor
+        self, inputs: Rows, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         return ()
 
     @override
     def cotangent_statistics(
-        self, inputs: tf.Tensor, cotangents: tf.Tensor
+        self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         return ()
 

@@ -71,7 +71,7 @@ class InputFactorBlock(Block):
         self.damp_bias = damp_bias
         self.relative_damping = relative_damping
         self._features = shape.rows - shape.biased
-        self._factor = make_factor(self._features, max_factor_size, True)
+        self._factor = make_factor((), self._features, max_factor_size, True)
 
     # -- State -----------------------------------------------------------
 

@@ -9,7 +9,14 @@ from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, FactorScales
 from keras_natgrad.blocks.factors import make_factor
-from keras_natgrad.linalg import kronecker_operator, trace_norm_ratio
+from keras_natgrad.linalg import (
+    OneHot,
+    Rows,
+    block_diagonal,
+    kronecker_operator,
+    to_dense,
+    trace_norm_ratio,
+)
 
 
 class WeightSharing(str, Enum):
@@ -44,7 +51,9 @@ class KroneckerBlock(Block):
     A factor larger than `max_factor_size` is kept as its diagonal, so that
     no layer can ask for a 25 000² inverse. With `sides` only the input or
     only the output factor is used, the other one being a multiple of the
-    identity with the same trace (one-sided K-FAC).
+    identity with the same trace (one-sided K-FAC). The input factor of one-hot
+    inputs is diagonal by itself. A layer with groups has a pair of factors for
+    each group.
 
     Cost per layer: `N S (n² + m²)` for the statistics, `n³ + m³` for a
     refresh, `n m (n + m)` to precondition, `2 (n² + m²)` memory.
@@ -77,11 +86,12 @@ class KroneckerBlock(Block):
                 "`sides` must be 'both', 'input' or 'output'. "
                 f"Received: sides={sides!r}"
             )
+        bound = 0 if shape.one_hot else max_factor_size
         self._input = make_factor(
-            shape.rows, max_factor_size, sides != "output"
+            shape.lead, shape.rows, bound, sides != "output"
         )
         self._output = make_factor(
-            shape.columns, max_factor_size, sides != "input"
+            shape.lead, shape.columns, max_factor_size, sides != "input"
         )
 
     @override
@@ -94,7 +104,8 @@ class KroneckerBlock(Block):
     @override
     @classmethod
     def state_size(cls, shape: BlockShape) -> int:
-        return 2 * (shape.rows**2 + shape.columns**2)
+        squares = shape.rows**2 + shape.columns**2
+        return 2 * (shape.groups or 1) * squares
 
     @override
     @property
@@ -103,27 +114,34 @@ class KroneckerBlock(Block):
 
     @override
     def input_statistics(
-        self, inputs: tf.Tensor, weights: tf.Tensor
+        self, inputs: Rows, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
         if self.weight_sharing is WeightSharing.REDUCE:
-            inputs = tf.reduce_mean(inputs, axis=1, keepdims=True)
-        shared = tf.cast(tf.shape(inputs)[1], inputs.dtype)
+            inputs = to_dense(inputs)
+            inputs = tf.reduce_mean(inputs, axis=-2, keepdims=True)
+        if isinstance(inputs, OneHot):
+            shared = tf.cast(tf.shape(inputs.indices)[1], inputs.dtype)
+            scaled = inputs.scale(tf.sqrt(weights / shared)[:, tf.newaxis])
+            return (scaled.squares(),)
+        shared = tf.cast(tf.shape(inputs)[-2], inputs.dtype)
         scale = tf.sqrt(weights / shared)[:, tf.newaxis, tf.newaxis]
         return (self._input.second_moment(scale * inputs),)
 
     @override
     def cotangent_statistics(
-        self, inputs: tf.Tensor, cotangents: tf.Tensor
+        self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         if self.weight_sharing is WeightSharing.REDUCE:
-            cotangents = tf.reduce_sum(cotangents, axis=1, keepdims=True)
+            cotangents = tf.reduce_sum(cotangents, axis=-2, keepdims=True)
         return (self._output.second_moment(cotangents),)
 
     @override
     def trace(self) -> tf.Tensor:
         left, right = self.averages()
-        return self._input.trace(left) * self._output.trace(right)
+        return tf.reduce_sum(
+            self._input.trace(left) * self._output.trace(right)
+        )
 
     @override
     def refresh(
@@ -131,10 +149,9 @@ class KroneckerBlock(Block):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         left, right = self.averages()
         if ratio is None:
-            scales = self.factor_scales()
             ratio = trace_norm_ratio(
-                scales.input_trace / scales.input_size,
-                scales.output_trace / scales.output_size,
+                self._input.trace(left) / self._input.size,
+                self._output.trace(right) / self._output.size,
             )
         root = tf.sqrt(tf.cast(damping, left.dtype))
         first = self._input.invert(left, ratio * root)
@@ -150,10 +167,10 @@ class KroneckerBlock(Block):
     def factor_scales(self) -> FactorScales:
         left, right = self.averages()
         return FactorScales(
-            self._input.trace(left),
-            self._input.size,
-            self._output.trace(right),
-            self._output.size,
+            tf.reduce_sum(self._input.trace(left)),
+            self._input.size * self._input.groups,
+            tf.reduce_sum(self._output.trace(right)),
+            self._output.size * self._output.groups,
         )
 
     @override
@@ -163,11 +180,14 @@ class KroneckerBlock(Block):
     @override
     def operator(self) -> tf.linalg.LinearOperator:
         left, right = self.averages()
-        return kronecker_operator(
+        product = kronecker_operator(
             self._input.operator(left), self._output.operator(right)
         )
+        return block_diagonal(product, self.shape.groups)
 
     @override
     def describe(self) -> str:
         sides = f"{self._input.describe()} ⊗ {self._output.describe()}"
+        if self.shape.groups is not None:
+            sides = f"{self.shape.groups} × ({sides})"
         return f"{sides}, {self.weight_sharing.value}"

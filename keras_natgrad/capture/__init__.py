@@ -6,7 +6,12 @@ from keras_natgrad.capture import (
 )
 from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.capture.plan import LayerPlan, Plan, make_plan, match_layers
-from keras_natgrad.capture.registry import LinearMap, linear_map, register_layer
+from keras_natgrad.capture.registry import (
+    LinearMap,
+    applies_matrix,
+    linear_maps,
+    register_layer,
+)
 from keras_natgrad.capture.tape import CurvatureTape
 from keras_natgrad.capture.taps import LayerRecord, Taps
 
@@ -18,7 +23,8 @@ __all__ = [
     "ParameterLayout",
     "Plan",
     "Taps",
-    "linear_map",
+    "applies_matrix",
+    "linear_maps",
     "make_plan",
     "match_layers",
     "register_layer",

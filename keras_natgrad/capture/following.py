@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_natgrad._compat import LayerGraph, layer_graph
-from keras_natgrad.capture.registry import linear_map
+from keras_natgrad.capture.registry import applies_matrix
 
 #: Layers that are an activation, applied to each example alone.
 ACTIVATION_LAYERS = (
@@ -101,4 +101,4 @@ def _follow(layer: Any, graph: LayerGraph | None) -> Following:
 def _is_dense(layer: Any) -> bool:
     if not isinstance(layer, keras.layers.Dense):
         return False
-    return linear_map(layer) is not None
+    return applies_matrix(layer)

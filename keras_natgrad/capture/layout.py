@@ -14,16 +14,24 @@ import tensorflow as tf
 class ParameterLayout:
     """Maps (kernel, bias) to the homogeneous matrix and back.
 
-    The kernel is transposed by `permutation` and reshaped to `[n, m]`; the
-    bias, where there is one, is flattened to the last row. Plain data, so
-    that it travels in an optimizer's config.
+    The kernel is viewed as `view`, transposed by `permutation` and reshaped
+    to `[n, m]`; the bias, where there is one, is flattened to the last row. A
+    layer that applies a matrix of its own to each of several groups of
+    features has `[groups, n, m]`. Plain data, so that it travels in an
+    optimizer's config.
 
     Attributes:
         kernel_shape: Shape of the kernel variable.
-        permutation: Order of the kernel's axes that puts input axes first.
-        inputs: Number n of input features.
-        outputs: Number m of output features.
+        permutation: Order of the axes that puts groups first, then inputs,
+            then outputs.
+        inputs: Number n of input features, of one group.
+        outputs: Number m of output features, of one group.
         bias_shape: Shape of the bias variable, or `None`.
+        groups: Number of groups, or `None` for a layer without.
+        view: Shape in which the kernel's axes are permuted, where it is not
+            `kernel_shape`.
+        one_hot: Whether the inputs are one-hot vectors, as those of an
+            embedding.
     """
 
     kernel_shape: tuple[int, ...]
@@ -31,6 +39,9 @@ class ParameterLayout:
     inputs: int
     outputs: int
     bias_shape: tuple[int, ...] | None = None
+    groups: int | None = None
+    view: tuple[int, ...] | None = None
+    one_hot: bool = False
 
     @property
     def rows(self) -> int:
@@ -42,25 +53,36 @@ class ParameterLayout:
         """Number of columns, m."""
         return self.outputs
 
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Axes before rows and columns: the groups, if any."""
+        return () if self.groups is None else (self.groups,)
+
     def to_matrix(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-        """Returns the `[rows, columns]` matrix of (kernel[, bias])."""
-        kernel = _permute(tensors[0], self.permutation)
-        matrix = tf.reshape(kernel, [self.inputs, self.outputs])
+        """Returns the matrix `[(groups,) rows, columns]` of the variables."""
+        kernel = tensors[0]
+        if self.view is not None:
+            kernel = tf.reshape(kernel, self.view)
+        kernel = _permute(kernel, self.permutation)
+        matrix = tf.reshape(kernel, [*self.lead, self.inputs, self.outputs])
         if self.bias_shape is None:
             return matrix
-        bias = tf.reshape(tensors[1], [1, self.outputs])
-        return tf.concat([matrix, bias], axis=0)
+        bias = tf.reshape(tensors[1], [*self.lead, 1, self.outputs])
+        return tf.concat([matrix, bias], axis=-2)
 
     def from_matrix(self, matrix: tf.Tensor) -> list[tf.Tensor]:
-        """Returns (kernel[, bias]) from a `[rows, columns]` matrix."""
-        permuted = [self.kernel_shape[axis] for axis in self.permutation]
+        """Returns (kernel[, bias]) from a matrix of `to_matrix`."""
+        view = self.kernel_shape if self.view is None else self.view
+        permuted = [view[axis] for axis in self.permutation]
         inverse = sorted(
             range(len(permuted)), key=lambda axis: self.permutation[axis]
         )
-        kernel = tf.reshape(matrix[: self.inputs], permuted)
-        tensors = [_permute(kernel, inverse)]
+        kernel = tf.reshape(matrix[..., : self.inputs, :], permuted)
+        kernel = tf.reshape(_permute(kernel, inverse), self.kernel_shape)
+        tensors = [kernel]
         if self.bias_shape is not None:
-            tensors.append(tf.reshape(matrix[self.inputs], self.bias_shape))
+            bias = matrix[..., self.inputs, :]
+            tensors.append(tf.reshape(bias, self.bias_shape))
         return tensors
 
     def get_config(self) -> dict[str, Any]:

@@ -10,24 +10,26 @@ import keras
 
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture.layout import ParameterLayout
-from keras_natgrad.capture.registry import linear_map
+from keras_natgrad.capture.registry import linear_maps
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One captured layer.
+    """One captured matrix of a layer; most layers have one.
 
     Attributes:
         path: The layer's path in the model, unique in the plan.
         layer_class: Name of the layer's class.
         variables: Positions of (kernel[, bias]) in the variable list.
         layout: Their `ParameterLayout`.
+        block: Name of the block that suits the layer, or `None`.
     """
 
     path: str
     layer_class: str
     variables: tuple[int, ...]
     layout: ParameterLayout
+    block: str | None = None
 
     def get_config(self) -> dict[str, Any]:
         """Returns plain data for an optimizer's config."""
@@ -36,6 +38,7 @@ class LayerPlan:
             "layer_class": self.layer_class,
             "variables": list(self.variables),
             "layout": self.layout.get_config(),
+            "block": self.block,
         }
 
     @classmethod
@@ -46,6 +49,7 @@ class LayerPlan:
             layer_class=config["layer_class"],
             variables=tuple(config["variables"]),
             layout=ParameterLayout.from_config(config["layout"]),
+            block=config.get("block"),
         )
 
 
@@ -65,6 +69,25 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     fallback: tuple[int, ...]
     reasons: tuple[str, ...]
+
+    def only_matrices(self, reason: str) -> Plan:
+        """Returns the plan without layers that are more than one matrix.
+
+        Args:
+            reason: Why layers with groups, and one-hot inputs, fall back.
+        """
+        kept = [
+            layer
+            for layer in self.layers
+            if layer.layout.groups is None and not layer.layout.one_hot
+        ]
+        why = dict(zip(self.fallback, self.reasons, strict=True))
+        for layer in self.layers:
+            if layer not in kept:
+                text = f"{layer.layer_class} variable: {reason}"
+                why.update(dict.fromkeys(layer.variables, text))
+        fallback = tuple(sorted(why))
+        return Plan(tuple(kept), fallback, tuple(why[i] for i in fallback))
 
     def get_config(self) -> dict[str, Any]:
         """Returns plain data for an optimizer's config."""
@@ -105,20 +128,21 @@ def make_plan(
         for variable in layer.trainable_variables:
             if id(variable) in positions:
                 owners[positions[id(variable)]] = type(layer).__name__
-        spec = linear_map(layer)
-        if spec is None or layer.name in exclude or layer.path in exclude:
+        if layer.name in exclude or layer.path in exclude:
             continue
-        found = tuple(positions.get(id(v), -1) for v in spec.variables)
-        if min(found) < 0:  # Frozen, or trained by another optimizer.
-            continue
-        layers.append(
-            LayerPlan(
-                path=layer.path,
-                layer_class=type(layer).__name__,
-                variables=found,
-                layout=spec.layout,
+        for spec in linear_maps(layer):
+            found = tuple(positions.get(id(v), -1) for v in spec.variables)
+            if min(found) < 0:  # Frozen, or trained by another optimizer.
+                continue
+            layers.append(
+                LayerPlan(
+                    path=layer.path,
+                    layer_class=type(layer).__name__,
+                    variables=found,
+                    layout=spec.layout,
+                    block=spec.block,
+                )
             )
-        )
     owned = {i for layer in layers for i in layer.variables}
     fallback = tuple(i for i in range(len(variables)) if i not in owned)
     reasons = tuple(
@@ -130,8 +154,8 @@ def make_plan(
 
 def match_layers(
     plan: Plan, model: keras.Model, variables: Sequence[Any]
-) -> list[keras.layers.Layer]:
-    """Returns the model's layer for each entry of the plan.
+) -> list[tuple[keras.layers.Layer, int]]:
+    """Returns the model's layer, and which of its maps, for each entry.
 
     Args:
         plan: A `Plan`, possibly from a saved config.
@@ -144,10 +168,9 @@ def match_layers(
     positions = {id(variable): i for i, variable in enumerate(variables)}
     by_variables = {}
     for layer in flatten_layers(model):
-        spec = linear_map(layer)
-        if spec is not None:
+        for index, spec in enumerate(linear_maps(layer)):
             key = tuple(positions.get(id(v), -1) for v in spec.variables)
-            by_variables[key] = layer
+            by_variables[key] = (layer, index)
     try:
         return [by_variables[entry.variables] for entry in plan.layers]
     except KeyError:

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
 from keras_natgrad._compat import is_plain
 from keras_natgrad.capture.layout import ParameterLayout
+from keras_natgrad.linalg import Rows
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """What capture needs to know about one built layer.
+    """What capture needs to know about one matrix of a built layer.
 
     The layer must compute `z = canonical(inputs) · W (+ b)` and pass `z` as
     the argument of `layer.activation` (as all Keras layers with an activation
-    do), or return `z` itself where it has no such attribute.
+    do), or return `z` itself where it has no such attribute. More generally,
+    the gradient of W must be `Σ_n Σ_s ā gᵀ` with the canonical inputs and
+    cotangents given here.
 
     Attributes:
         variables: The layer's variables: (kernel,) or (kernel, bias).
         layout: `ParameterLayout` of these variables.
-        inputs: Function from the layer's input to `[batch, shared, n]`.
+        inputs: Function from the layer's input to `[batch, shared, n]`, or
+            `[batch, shared, groups, n]` where the layout has groups, or a
+            `linalg.OneHot` where it says so.
         cotangents: Function from a tensor shaped like `z` to
-            `[batch, shared, m]`, with the same shared positions.
+            `[batch, shared, (groups,) m]`, with the same shared positions.
+        with_arguments: Whether `inputs` takes the keyword arguments of the
+            layer's call (such as `training`) beside its input.
+        block: Name of the block that suits the layer, where a Kronecker
+            product does not.
     """
 
     variables: tuple[Any, ...]
     layout: ParameterLayout
-    inputs: Callable[[tf.Tensor], tf.Tensor]
+    inputs: Callable[..., Rows]
     cotangents: Callable[[tf.Tensor], tf.Tensor]
+    with_arguments: bool = False
+    block: str | None = None
 
 
-Describe = Callable[[Any], "LinearMap | None"]
+Describe: TypeAlias = Callable[[Any], "LinearMap | Sequence[LinearMap] | None"]
 
 _LAYERS: dict[type[keras.layers.Layer], Describe] = {}
 
@@ -53,7 +64,8 @@ def register_layer(
 
     Returns:
         A decorator for a function that takes a built layer and returns its
-        `LinearMap`, or `None` where this instance is not supported.
+        `LinearMap`, a sequence of them where it has several matrices, or
+        `None` where this instance is not supported.
 
     Raises:
         ValueError: If `layer_class` is not a layer class.
@@ -93,12 +105,23 @@ def may_support(layer: keras.layers.Layer) -> bool:
     return is_plain(layer) and _find(layer) is not None
 
 
-def linear_map(layer: keras.layers.Layer) -> LinearMap | None:
-    """Returns the `LinearMap` of a built layer, or `None`."""
+def linear_maps(layer: keras.layers.Layer) -> tuple[LinearMap, ...]:
+    """Returns the `LinearMap`s of a layer, none if it is not supported."""
     describe = _find(layer)
     if describe is None or not layer.built or not is_plain(layer):
-        return None
-    return describe(layer)
+        return ()
+    found = describe(layer)
+    if found is None:
+        return ()
+    return (found,) if isinstance(found, LinearMap) else tuple(found)
+
+
+def applies_matrix(layer: keras.layers.Layer) -> bool:
+    """Returns whether a layer multiplies its features by one matrix."""
+    return any(
+        spec.layout.groups is None and not spec.layout.one_hot
+        for spec in linear_maps(layer)
+    )
 
 
 def _find(layer: keras.layers.Layer) -> Describe | None:

@@ -3,52 +3,109 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_natgrad._compat import is_scratch_graph
-from keras_natgrad.capture.registry import LinearMap, linear_map, may_support
+from keras_natgrad.capture.registry import (
+    LinearMap,
+    linear_maps,
+    may_support,
+)
+from keras_natgrad.linalg import OneHot, Rows
 
 
-class LayerRecord:
+class LayerUse(NamedTuple):
+    """One call of a layer.
+
+    Attributes:
+        inputs: The layer's raw input.
+        arguments: Keyword arguments of the call.
+        preactivation: Its pre-activation `z`.
+    """
+
+    inputs: tf.Tensor
+    arguments: Mapping[str, Any]
+    preactivation: tf.Tensor
+
+
+class LayerUses:
     """What one layer did in a forward pass.
 
     Attributes:
         layer: The layer.
-        inputs: Its raw inputs, one per use of the layer.
         lost: Whether it was called, but in a graph of its own, where nothing
             can be sent back to it.
-        preactivations: Its pre-activations `z`, one per use.
+        uses: One `LayerUse` per call.
     """
 
     def __init__(self, layer: keras.layers.Layer) -> None:
         self.layer = layer
         self.lost = False
-        self.inputs: list[tf.Tensor] = []
-        self.preactivations: list[tf.Tensor] = []
+        self.uses: list[LayerUse] = []
 
     @functools.cached_property
+    def specs(self) -> tuple[LinearMap, ...]:
+        """The layer's `LinearMap`s; the layer has been built by now."""
+        return linear_maps(self.layer)
+
+
+class LayerRecord:
+    """What one matrix of a layer did in a forward pass.
+
+    Args:
+        recorded: `LayerUses` of the layer.
+        index: Which of the layer's `LinearMap`s.
+    """
+
+    def __init__(self, recorded: LayerUses, index: int = 0) -> None:
+        self._recorded = recorded
+        self._index = index
+
+    @property
+    def layer(self) -> keras.layers.Layer:
+        """The layer."""
+        return self._recorded.layer
+
+    @property
+    def lost(self) -> bool:
+        """Whether the layer ran where nothing can be sent back to it."""
+        return self._recorded.lost
+
+    @property
+    def inputs(self) -> list[tf.Tensor]:
+        """Its raw inputs, one per use of the layer."""
+        return [use.inputs for use in self._recorded.uses]
+
+    @property
+    def preactivations(self) -> list[tf.Tensor]:
+        """Its pre-activations `z`, one per use."""
+        return [use.preactivation for use in self._recorded.uses]
+
+    @property
     def spec(self) -> LinearMap:
-        """The layer's `LinearMap`; the layer has been built by now."""
-        spec = linear_map(self.layer)
-        assert spec is not None, self.layer.path
-        return spec
+        """Its `LinearMap`."""
+        return self._recorded.specs[self._index]
 
-    def canonical_inputs(self, dtype: Any, batch: tf.Tensor) -> tf.Tensor:
-        """Returns `ā`, `[batch, shared, rows]`, homogeneous if biased.
+    def canonical_inputs(self, dtype: Any, batch: tf.Tensor) -> Rows:
+        """Returns `ā`, `[(groups,) batch, shared, rows]`.
 
-        Several uses of the layer count as more shared positions.
+        It is homogeneous if the layer has a bias. Several uses of the layer
+        count as more shared positions. One-hot inputs stay so.
         """
-        if not self.inputs:  # The layer took no part in this pass.
-            return tf.zeros([batch, 1, self.spec.layout.rows], dtype)
-        parts = [tf.cast(self.spec.inputs(a), dtype) for a in self.inputs]
-        merged = parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
-        merged = tf.stop_gradient(_unfold(merged, batch))
-        if self.spec.layout.bias_shape is None:
+        layout = self.spec.layout
+        if not self._recorded.uses:  # The layer took no part in this pass.
+            return tf.zeros([*layout.lead, batch, 1, layout.rows], dtype)
+        parts = [self._own_inputs(use) for use in self._recorded.uses]
+        if layout.one_hot:
+            return _merge_one_hot(parts, dtype, batch)
+        merged = _merge([tf.cast(part, dtype) for part in parts], batch)
+        merged = tf.stop_gradient(merged)
+        if layout.bias_shape is None:
             return merged
         ones = tf.ones_like(merged[..., :1])
         return tf.concat([merged, ones], axis=-1)
@@ -59,9 +116,16 @@ class LayerRecord:
         dtype: Any,
         batch: tf.Tensor,
     ) -> tf.Tensor:
-        """Returns `g`, `[batch, shared, columns]`, from one per use."""
-        if not self.preactivations:
-            return tf.zeros([batch, 1, self.spec.layout.columns], dtype)
+        """Returns `g`, `[(groups,) batch, shared, columns]`.
+
+        Args:
+            cotangents: One per use of the layer, `None` for zero.
+            dtype: Dtype of the result.
+            batch: Number of examples.
+        """
+        layout = self.spec.layout
+        if not self._recorded.uses:
+            return tf.zeros([*layout.lead, batch, 1, layout.columns], dtype)
         parts = [
             tf.cast(
                 self.spec.cotangents(tf.zeros_like(z) if g is None else g),
@@ -69,16 +133,41 @@ class LayerRecord:
             )
             for g, z in zip(cotangents, self.preactivations, strict=True)
         ]
-        merged = parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
-        return _unfold(merged, batch)
+        return _merge(parts, batch)
+
+    def _own_inputs(self, use: LayerUse) -> Rows:
+        if self.spec.with_arguments:
+            return self.spec.inputs(use.inputs, **use.arguments)
+        return self.spec.inputs(use.inputs)
 
 
-def _unfold(tensor: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
-    """Takes positions out of a batch axis that they were folded into.
+def _merge(parts: Sequence[tf.Tensor], batch: tf.Tensor) -> tf.Tensor:
+    """Joins the uses of a layer, and puts groups first.
 
-    A model may reshape `[batch, T, n]` to `[batch · T, n]` before a layer.
+    Positions are taken out of a batch axis that they were folded into: a model
+    may reshape `[batch, T, n]` to `[batch · T, n]` before a layer.
+
+    Args:
+        parts: Tensors `[batch, shared, (groups,) features]`.
+        batch: Number of examples.
     """
-    return tf.reshape(tensor, [batch, -1, tensor.shape[-1]])
+    merged = parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
+    merged = tf.reshape(merged, [batch, -1, *merged.shape[2:]])
+    if merged.shape.rank == 4:
+        merged = tf.transpose(merged, [2, 0, 1, 3])
+    return merged
+
+
+def _merge_one_hot(
+    parts: Sequence[Any], dtype: Any, batch: tf.Tensor
+) -> OneHot:
+    indices = tf.concat([part.indices for part in parts], axis=1)
+    values = tf.concat([tf.cast(part.values, dtype) for part in parts], axis=1)
+    return OneHot(
+        tf.reshape(indices, [batch, -1]),
+        tf.stop_gradient(tf.reshape(values, [batch, -1])),
+        parts[0].depth,
+    )
 
 
 class Taps:
@@ -107,16 +196,16 @@ class Taps:
 
     def __init__(self, layers: Sequence[keras.layers.Layer]) -> None:
         self._layers = [layer for layer in layers if may_support(layer)]
-        self._records: dict[int, LayerRecord] = {}
+        self._records: dict[int, LayerUses] = {}
 
-    def record(self, layer: keras.layers.Layer) -> LayerRecord:
-        """Returns what a layer did."""
-        return self._records[id(layer)]
+    def record(self, layer: keras.layers.Layer, index: int = 0) -> LayerRecord:
+        """Returns what a layer did, for one of its `LinearMap`s."""
+        return LayerRecord(self._records[id(layer)], index)
 
     def __enter__(self) -> Taps:
         self._records = {}
         for layer in self._layers:
-            record = LayerRecord(layer)
+            record = LayerUses(layer)
             self._records[id(layer)] = record
             # Bypasses Keras's attribute tracking: this is not state.
             object.__setattr__(layer, "call", _tapped(layer, record))
@@ -134,23 +223,21 @@ class Taps:
             _drop_foreign(record)
 
 
-def _tapped(
-    layer: keras.layers.Layer, record: LayerRecord
-) -> Callable[..., Any]:
+def _tapped(layer: keras.layers.Layer, record: LayerUses) -> Callable[..., Any]:
     original = layer.call
 
     def call(inputs: tf.Tensor, *args: Any, **kwargs: Any) -> Any:
         activation = getattr(layer, "activation", None)
         if activation is None:
             outputs = original(inputs, *args, **kwargs)
-            _note(record, inputs, outputs)
+            _note(record, inputs, kwargs, outputs)
             return outputs
 
         def tap(preactivation: tf.Tensor) -> tf.Tensor:
             # The identity gives the pre-activation a tensor of its own: in
             # eager mode an activation may return its argument.
             preactivation = tf.identity(preactivation)
-            _note(record, inputs, preactivation)
+            _note(record, inputs, kwargs, preactivation)
             return activation(preactivation)
 
         object.__setattr__(layer, "activation", tap)
@@ -162,13 +249,17 @@ def _tapped(
     return call
 
 
-def _note(record: LayerRecord, inputs: Any, preactivation: Any) -> None:
+def _note(
+    record: LayerUses,
+    inputs: Any,
+    arguments: Mapping[str, Any],
+    preactivation: Any,
+) -> None:
     if tf.is_tensor(preactivation) and tf.is_tensor(inputs):
-        record.inputs.append(inputs)
-        record.preactivations.append(preactivation)
+        record.uses.append(LayerUse(inputs, arguments, preactivation))
 
 
-def _drop_foreign(record: LayerRecord) -> None:
+def _drop_foreign(record: LayerUses) -> None:
     """Keeps the tensors of the current graph; notes those out of reach.
 
     What Keras computed in a graph that it throws away, to learn a shape, may
@@ -183,8 +274,8 @@ def _drop_foreign(record: LayerRecord) -> None:
             return isinstance(z, tf.__internal__.EagerTensor)
         return z.graph is graph
 
-    uses = list(zip(record.inputs, record.preactivations, strict=True))
-    foreign = [z for _, z in uses if not here(z)]
-    record.lost = any(not is_scratch_graph(z.graph) for z in foreign)
-    record.inputs = [a for a, z in uses if here(z)]
-    record.preactivations = [z for _, z in uses if here(z)]
+    foreign = [use for use in record.uses if not here(use.preactivation)]
+    record.lost = any(
+        not is_scratch_graph(use.preactivation.graph) for use in foreign
+    )
+    record.uses = [use for use in record.uses if here(use.preactivation)]

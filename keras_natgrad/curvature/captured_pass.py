@@ -18,7 +18,8 @@ class Backward:
     """What one backward pass brought to the layers.
 
     Attributes:
-        cotangents: Per captured entry, `g` of `[batch, shared, columns]`.
+        cotangents: Per captured entry, `g` of `[(groups,) batch, shared,
+            columns]`.
         gradients: Per fallback entry, the `[size, 1]` gradient summed over
             the batch.
         sizes: Squared norms of the cotangents sent back, one per example,
@@ -55,6 +56,7 @@ class CapturedPass:
         self.captured = [entry for entry in entries if entry.layer is not None]
         self.fallbacks = [entry for entry in entries if entry.layer is None]
         self.variables = list(variables)
+        #: Number of examples.
         self.batch = tf.shape(self.terms[0].outputs)[0]
         self.inputs = [
             record.canonical_inputs(entry.block.dtype, self.batch)

@@ -113,10 +113,12 @@ def make_entries(
     entries = []
     for layer in plan.layers:
         block = create(
-            options.block,
+            _kind(layer, options),
             BlockShape(
                 layer.layout.rows,
                 layer.layout.columns,
+                groups=layer.layout.groups,
+                one_hot=layer.layout.one_hot,
                 biased=layer.layout.bias_shape is not None,
             ),
             weight_sharing=options.weight_sharing,
@@ -130,3 +132,10 @@ def make_entries(
         fallback = _FALLBACKS[options.fallback](BlockShape(math.prod(shape), 1))
         entries.append(Entry(fallback, (index,), None, shape))
     return entries
+
+
+def _kind(layer: LayerPlan, options: BlockOptions) -> str:
+    """Returns the chosen block, or the layer's own where none was chosen."""
+    if options.block == BlockOptions.block and layer.block is not None:
+        return layer.block
+    return options.block

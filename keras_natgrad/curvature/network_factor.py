@@ -13,6 +13,7 @@ from keras_natgrad.curvature.captured_pass import CapturedPass
 from keras_natgrad.curvature.entry import Entry
 from keras_natgrad.curvature.factor_columns import Columns
 from keras_natgrad.curvature.products import jacobian_vector_products
+from keras_natgrad.linalg import to_dense
 from keras_natgrad.solvers.factor import Direction, FisherFactor
 
 # Columns of an example up to which their backward passes are unrolled.
@@ -60,6 +61,7 @@ class NetworkFactor(FisherFactor):
         self._entries: list[Entry] = [*captured.captured, *captured.fallbacks]
         self._columns = columns
         self._max_elements = max_elements
+        self._inputs = [to_dense(a) for a in captured.inputs]
         gradients = captured.tape.gradient(
             loss,
             [term.outputs for term in captured.terms],
@@ -105,9 +107,7 @@ class NetworkFactor(FisherFactor):
     def gram(self) -> tf.Tensor:
         parts = [
             self._layer_gram(a, g)
-            for a, g in zip(
-                self.captured.inputs, self._cotangents(), strict=True
-            )
+            for a, g in zip(self._inputs, self._cotangents(), strict=True)
         ]
         for entry in self.captured.fallbacks:
             rows = self._jacobian(entry)
@@ -118,9 +118,17 @@ class NetworkFactor(FisherFactor):
     @override
     def matrix(self) -> tf.Tensor:
         rows = []
-        for a, g in zip(self.captured.inputs, self._cotangents(), strict=True):
-            product = tf.einsum("isn,iqsm->nmiq", a, g)
-            size = a.shape[-1] * g.shape[-1]
+        for entry, a, g in zip(
+            self.captured.captured,
+            self._inputs,
+            self._cotangents(),
+            strict=True,
+        ):
+            equation = "isn,iqsm->nmiq"
+            if entry.block.shape.groups is not None:
+                equation = "kisn,iqksm->knmiq"
+            product = tf.einsum(equation, a, g)
+            size = entry.block.shape.size
             rows.append(tf.reshape(product, [size, tf.size(self._residual)]))
         for entry in self.captured.fallbacks:
             rows.append(tf.transpose(self._jacobian(entry)))
@@ -144,12 +152,12 @@ class NetworkFactor(FisherFactor):
         shapes = [entry.block.shape for entry in self._entries]
         parts = tf.split(vector, [shape.size for shape in shapes])
         return [
-            tf.reshape(part, [shape.rows, shape.columns])
+            tf.reshape(part, shape.matrix)
             for part, shape in zip(parts, shapes, strict=True)
         ]
 
     def _cotangents(self) -> list[tf.Tensor]:
-        """Returns `[batch, columns, shared, m]` per captured entry."""
+        """Returns `[batch, columns, (groups,) shared, m]` per entry."""
         count = self._columns.per_example
 
         def backward(column: tf.Tensor) -> list[tf.Tensor]:
@@ -162,26 +170,27 @@ class NetworkFactor(FisherFactor):
             columns = [backward(tf.constant(q)) for q in range(count)]
             stacked = [tf.stack(layer) for layer in zip(*columns, strict=True)]
         else:
-            dtypes = [a.dtype for a in self.captured.inputs]
+            dtypes = [a.dtype for a in self._inputs]
             stacked = tf.map_fn(
                 backward, tf.range(count), fn_output_signature=dtypes
             )
         return [
-            tf.ensure_shape(
-                tf.transpose(each, [1, 0, 2, 3]),
-                [a.shape[0], None, a.shape[1], entry.block.shape.columns],
-            )
+            _examples_first(each, a, entry)
             for each, a, entry in zip(
-                stacked,
-                self.captured.inputs,
-                self.captured.captured,
-                strict=True,
+                stacked, self._inputs, self.captured.captured, strict=True
             )
         ]
 
     def _layer_gram(self, inputs: tf.Tensor, sent: tf.Tensor) -> tf.Tensor:
         columns = tf.size(self._residual)
         rows, width = inputs.shape[-1], sent.shape[-1]
+        if inputs.shape.rank == 4:  # Groups: their matrices are apart.
+            return tf.add_n(
+                [
+                    self._layer_gram(inputs[group], sent[:, :, group])
+                    for group in range(inputs.shape[0])
+                ]
+            )
         if inputs.shape[1] == 1:
             flat = inputs[:, 0]
             left = tf.matmul(flat, flat, transpose_b=True)
@@ -217,3 +226,16 @@ class NetworkFactor(FisherFactor):
             shape = tf.concat([tf.shape(term.outputs), [size]], axis=0)
             tangents.append(tf.reshape(jacobian, shape))
         return self._columns.project_many(tangents)
+
+
+def _examples_first(
+    stacked: tf.Tensor, inputs: tf.Tensor, entry: Entry
+) -> tf.Tensor:
+    """Moves the examples of `[columns, (groups,) batch, shared, m]` first."""
+    shape = [inputs.shape[-3], None, inputs.shape[-2]]
+    order = [1, 0, 2, 3]
+    if stacked.shape.rank == 5:
+        shape.insert(2, entry.block.shape.groups)
+        order = [2, 0, 1, 3, 4]
+    shape.append(entry.block.shape.columns)
+    return tf.ensure_shape(tf.transpose(stacked, order), shape)

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
 from keras_natgrad.curvature.cotangents import OutputTerm
+from keras_natgrad.linalg import OneHot, Rows
 
 
 def jacobian_vector_products(
@@ -111,23 +112,20 @@ def estimated_gram(
     Returns:
         Tensor `[k, k]`, symmetric positive semi-definite.
     """
-    batch = tf.shape(captured.inputs[0])[0]
+    batch = captured.batch
     rows, weights = tf.cond(
         batch <= examples,
         lambda: (tf.range(batch), tf.ones([batch], backward.sizes.dtype)),
         lambda: proportional_sample(backward.sizes, examples),
     )
-    used = tf.size(rows)
     pairs = [
-        (tf.gather(a, rows), tf.gather(g, rows))
+        (_take(a, rows), tf.gather(g, rows, axis=-3))
         for a, g in zip(captured.inputs, backward.cotangents, strict=True)
     ]
     projected = []
     for direction in directions:
         slopes = [
-            tf.reduce_sum(
-                tf.reshape(g * _positionwise(a, matrix), [used, -1]), axis=1
-            )
+            _sum_by_example(g * _positionwise(a, matrix))
             for (a, g), matrix in zip(pairs, direction, strict=True)
         ]
         projected.append(tf.add_n(slopes))
@@ -163,8 +161,25 @@ def proportional_sample(
     return rows, weights
 
 
-def _positionwise(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
-    """Returns `[batch, shared, rows] × [rows, columns]`, as one product."""
+def _take(vectors: Rows, examples: tf.Tensor) -> Rows:
+    if isinstance(vectors, OneHot):
+        return vectors.take(examples)
+    return tf.gather(vectors, examples, axis=-3)
+
+
+def _sum_by_example(values: tf.Tensor) -> tf.Tensor:
+    """Returns the sums over all axes but the batch, the third from last."""
+    if values.shape.rank == 4:
+        values = tf.reduce_sum(values, axis=0)
+    return tf.reduce_sum(values, axis=[1, 2])
+
+
+def _positionwise(vectors: Rows, matrix: tf.Tensor) -> tf.Tensor:
+    """Returns `[…, batch, shared, rows] × […, rows, columns]`."""
+    if isinstance(vectors, OneHot):
+        return vectors.matmul(matrix)
+    if vectors.shape.rank == 4:
+        return tf.einsum("gbsn,gnm->gbsm", vectors, matrix)
     flat = tf.reshape(vectors, [-1, vectors.shape[-1]])
     shape = tf.concat([tf.shape(vectors)[:-1], matrix.shape[-1:]], axis=0)
     return tf.reshape(tf.matmul(flat, matrix), shape)

@@ -29,6 +29,7 @@ from keras_natgrad.curvature.estimator import (
 )
 from keras_natgrad.curvature.sources import Source
 from keras_natgrad.heads.tensors import as_parameters
+from keras_natgrad.linalg import to_dense
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def _far_statistics(
 ) -> list[tuple[tf.Tensor, ...]]:
     """Sends all columns of the terms' factors back to some layers."""
     blocks: list[Any] = [captured.captured[index].block for index in members]
-    inputs = [captured.inputs[index] for index in members]
+    inputs = [to_dense(captured.inputs[index]) for index in members]
 
     def summed(function: Callable[[Any, tf.Tensor, tf.Tensor], Any]) -> Any:
         def contribution(cotangents: list[tf.Tensor]) -> Any:

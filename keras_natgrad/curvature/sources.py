@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from keras_natgrad._compat import flatten_layers
-from keras_natgrad.capture import linear_map
+from keras_natgrad.capture import applies_matrix
 from keras_natgrad.capture.following import find_following
 from keras_natgrad.curvature.responses import (
     ResponseOptions,
@@ -103,7 +103,7 @@ def find_sources(
             has no information.
     """
     horizon = options.horizon
-    depth = sum(linear_map(each) is not None for each in flatten_layers(model))
+    depth = sum(applies_matrix(each) for each in flatten_layers(model))
     if layers and isinstance(horizon, int) and horizon > depth:
         raise ValueError(
             f"The horizon of the layer {layers[0].name!r} goes beyond the "

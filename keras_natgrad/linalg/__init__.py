@@ -2,10 +2,12 @@
 
 from keras_natgrad.linalg.batched import DampedInverses, damped_inverses
 from keras_natgrad.linalg.kronecker import (
+    block_diagonal,
     flatten_matrix,
     kronecker_operator,
     trace_norm_ratio,
 )
+from keras_natgrad.linalg.one_hot import OneHot, Rows, to_dense
 from keras_natgrad.linalg.psd import (
     DampedInverse,
     DampedSolution,
@@ -20,6 +22,9 @@ __all__ = [
     "DampedInverse",
     "DampedInverses",
     "DampedSolution",
+    "OneHot",
+    "Rows",
+    "block_diagonal",
     "damped_inverse",
     "damped_inverses",
     "damped_solve",
@@ -28,5 +33,6 @@ __all__ = [
     "pseudo_inverse_solve",
     "random_signs",
     "scalar",
+    "to_dense",
     "trace_norm_ratio",
 ]

@@ -22,6 +22,22 @@ def kronecker_operator(
     )
 
 
+def block_diagonal(
+    operator: tf.linalg.LinearOperator, groups: int | None
+) -> tf.linalg.LinearOperator:
+    """Returns a batch of operators as one block-diagonal operator.
+
+    Args:
+        operator: Operator of batch shape `[groups]`, or of none.
+        groups: Number of groups; without any the operator itself is returned.
+    """
+    if groups is None:
+        return operator
+    return tf.linalg.LinearOperatorBlockDiag(
+        [operator[group] for group in range(groups)], is_self_adjoint=True
+    )
+
+
 def trace_norm_ratio(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
     """Returns π = √((tr A / n) / (tr G / m)) from the two mean eigenvalues.
 
@@ -31,11 +47,11 @@ def trace_norm_ratio(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
     π is 1.
 
     Args:
-        left: Scalar, the mean eigenvalue of A.
-        right: Scalar, the mean eigenvalue of G.
+        left: Mean eigenvalue of A, a scalar or one per group.
+        right: Mean eigenvalue of G, likewise.
 
     Returns:
-        Scalar tensor π.
+        Tensor π, of the same shape.
     """
     usable = tf.logical_and(left > 0, right > 0)
     safe_right = tf.where(usable, right, tf.ones_like(right))

@@ -19,7 +19,7 @@ class DampedInverse(NamedTuple):
     """Result of `damped_inverse`.
 
     Attributes:
-        inverse: Tensor `[n, n]`, the inverse of the damped matrix.
+        inverse: Tensor `[..., n, n]`, the inverse of the damped matrix.
         retries: Scalar int32, how often the damping had to be raised.
         succeeded: Scalar bool, whether `inverse` is finite. If it is not,
             `inverse` holds zeros and must not be used.
@@ -41,8 +41,9 @@ def damped_inverse(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
     Cost: `n³` multiplications, see `inverse_by_blocks`; `n²` memory.
 
     Args:
-        matrix: Tensor `[n, n]`, symmetric positive semi-definite.
-        damping: Scalar tensor, non-negative.
+        matrix: Tensor `[..., n, n]`, symmetric positive semi-definite.
+        damping: Tensor `[...]` or scalar, non-negative. Matrices of one
+            batch are tried again together.
 
     Returns:
         A `DampedInverse`.
@@ -57,13 +58,13 @@ def _retry(
 ) -> DampedInverse:
     """Returns `function(M + damping I)`, with more damping until finite."""
     identity = tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
-    mean_diagonal = tf.reduce_mean(tf.linalg.diag_part(matrix))
+    mean_diagonal = tf.reduce_mean(tf.linalg.diag_part(matrix), axis=-1)
     # A retry must raise the damping to something that rounding can see, also
     # when it was zero or tiny.
     smallest = tf.cast(rounding(matrix.dtype), matrix.dtype) * mean_diagonal
 
     def attempt(total: tf.Tensor) -> tf.Tensor:
-        return function(matrix + total * identity)
+        return function(matrix + total[..., tf.newaxis, tf.newaxis] * identity)
 
     def failed(result: tf.Tensor) -> tf.Tensor:
         return tf.logical_not(tf.math.is_finite(tf.reduce_sum(result)))
@@ -74,7 +75,7 @@ def _retry(
         total = tf.maximum(RETRY_GROWTH * total, smallest)
         return total, attempt(total), retries + 1
 
-    damping = tf.cast(damping, matrix.dtype)
+    damping = tf.cast(damping, matrix.dtype) + tf.zeros_like(mean_diagonal)
     _, result, retries = tf.while_loop(
         lambda _, result, retries: tf.logical_and(
             failed(result), retries < MAX_RETRIES
@@ -153,10 +154,10 @@ def inverse_by_blocks(matrix: tf.Tensor) -> tf.Tensor:
     that is not positive definite gives NaN.
 
     Args:
-        matrix: Tensor `[n, n]`, n known statically.
+        matrix: Tensor `[..., n, n]`, n known statically.
 
     Returns:
-        Tensor `[n, n]`, symmetric to rounding.
+        Tensor `[..., n, n]`, symmetric to rounding.
     """
     size = matrix.shape[-1]
     if size <= _LEAF:
@@ -168,10 +169,10 @@ def inverse_by_blocks(matrix: tf.Tensor) -> tf.Tensor:
     below = tf.matmul(y, z, transpose_a=True)
     return tf.concat(
         [
-            tf.concat([corner, tf.transpose(below)], axis=1),
-            tf.concat([below, tf.matmul(y, y, transpose_a=True)], axis=1),
+            tf.concat([corner, tf.linalg.matrix_transpose(below)], axis=-1),
+            tf.concat([below, tf.matmul(y, y, transpose_a=True)], axis=-1),
         ],
-        axis=0,
+        axis=-2,
     )
 
 
@@ -189,20 +190,21 @@ def inverse_cholesky(matrix: tf.Tensor) -> tf.Tensor:
     the kernels. It is as stable as they are.
 
     Args:
-        matrix: Tensor `[n, n]`, symmetric positive definite, n known
+        matrix: Tensor `[..., n, n]`, symmetric positive definite, n known
             statically.
 
     Returns:
-        Lower triangular tensor `[n, n]`.
+        Lower triangular tensor `[..., n, n]`.
     """
     size = matrix.shape[-1]
     if size <= _LEAF:
         factor = tf.linalg.cholesky(matrix)
         identity = tf.eye(size, dtype=matrix.dtype)
+        identity = tf.broadcast_to(identity, tf.shape(factor))
         return tf.linalg.triangular_solve(factor, identity)
     x, z, y = _inverse_cholesky_blocks(matrix)
-    above = tf.pad(x, [[0, 0], [0, int(y.shape[0])]])
-    return tf.concat([above, tf.concat([z, y], axis=1)], axis=0)
+    above = tf.concat([x, tf.zeros_like(tf.linalg.matrix_transpose(z))], -1)
+    return tf.concat([above, tf.concat([z, y], axis=-1)], axis=-2)
 
 
 def _inverse_cholesky_blocks(
@@ -211,9 +213,10 @@ def _inverse_cholesky_blocks(
     """Returns the blocks X, −Y K X and Y of `inverse_cholesky`."""
     # Halves that are multiples of 16 keep the products aligned.
     half = -(-matrix.shape[-1] // 32) * 16
-    x = inverse_cholesky(matrix[:half, :half])
-    k = tf.matmul(matrix[half:, :half], x, transpose_b=True)
-    schur_complement = matrix[half:, half:] - tf.matmul(k, k, transpose_b=True)
+    x = inverse_cholesky(matrix[..., :half, :half])
+    k = tf.matmul(matrix[..., half:, :half], x, transpose_b=True)
+    corner = matrix[..., half:, half:]
+    schur_complement = corner - tf.matmul(k, k, transpose_b=True)
     y = inverse_cholesky(schur_complement)
     return x, -tf.matmul(y, tf.matmul(k, x)), y
 

@@ -210,11 +210,17 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         if self._model_reference is not None:
             self._hide(
                 "_plan",
-                make_plan(self.attached_model(), variables, self._exclude),
+                self.choose_layers(
+                    make_plan(self.attached_model(), variables, self._exclude)
+                ),
             )
             self.warn_of_plan(self._plan, variables)
         self._hide("_curvature_built", True)
         self.build_curvature(self._plan, variables)
+
+    def choose_layers(self, plan: Plan) -> Plan:
+        """Returns the part of a plan that the optimizer's blocks can treat."""
+        return plan
 
     def warn_of_plan(self, plan: Plan, variables: Sequence[Any]) -> None:
         """Warns of the variables that get a fallback block."""
@@ -269,7 +275,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         usable = all_finite(gradients) & in_support(terms) & has_weight(terms)
         # A loss may be infinite where its gradient is not.
         usable &= tf.reduce_all(tf.math.is_finite(tape.loss))
-        records = [tape.taps.record(layer) for layer in layers]
+        records = [tape.taps.record(layer, index) for layer, index in layers]
         _check_reached(records)
         observation = Observation(tape, terms, records, usable)
         observation.surged = self.has_surged(observation)

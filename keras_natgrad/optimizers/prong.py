@@ -163,6 +163,10 @@ class PRONG(PreconditionedOptimizer):
     # -- State -------------------------------------------------------------
 
     @override
+    def choose_layers(self, plan: Plan) -> Plan:
+        return plan.only_matrices("no input factor")
+
+    @override
     def build_curvature(self, plan: Plan, variables: list[Any]) -> None:
         super().build_curvature(plan, variables)
         # The curvature of a regularizer is none of the inputs.

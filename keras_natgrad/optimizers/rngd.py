@@ -177,6 +177,10 @@ class RNGD(PreconditionedOptimizer):
     # -- State -----------------------------------------------------------
 
     @override
+    def choose_layers(self, plan: Plan) -> Plan:
+        return plan.only_matrices("no metric of its own")
+
+    @override
     def attach(
         self,
         model: keras.Model,
@@ -208,7 +212,8 @@ class RNGD(PreconditionedOptimizer):
         if self._sources is None:
             model = self.attached_model()
             variables = _compat.optimizer_variables(self)
-            layers = match_layers(self._plan, model, variables)
+            found = match_layers(self._plan, model, variables)
+            layers = [layer for layer, _ in found]
             self._hide(
                 "_sources", find_sources(model, layers, self.horizon_options)
             )

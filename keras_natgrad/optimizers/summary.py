@@ -44,7 +44,7 @@ def table_rows(
             (
                 name,
                 entry.block.kind,
-                f"{shape.rows} × {shape.columns}",
+                " × ".join(map(str, shape.matrix)),
                 approximation,
                 _readable(memory),
             )
@@ -111,7 +111,7 @@ def render_solver(
             name = f"{entry.layer.path} ({entry.layer.layer_class})"
         table.add_row(
             name,
-            f"{shape.rows} × {shape.columns}",
+            " × ".join(map(str, shape.matrix)),
             "layer-wise contraction" if captured else "Jacobian of the tape",
         )
     stream = io.StringIO()

@@ -64,7 +64,7 @@ def ridge_gram(
             parts.append((damping + scalar(own.rest, a.dtype)) * _inner(a, b))
             if own.last != own.rest:
                 extra = scalar(own.last - own.rest, a.dtype)
-                parts.append(extra * _inner(a[-1], b[-1]))
+                parts.append(extra * _inner(a[..., -1, :], b[..., -1, :]))
         return tf.add_n(parts)
 
     first, *others = directions

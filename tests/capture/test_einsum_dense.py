@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from keras_natgrad.capture import linear_map
+from keras_natgrad.capture import linear_maps
 from keras_natgrad.capture.einsum_dense import parse_equation
 
 from .conftest import check
@@ -65,7 +65,7 @@ def test_equations(equation, output_shape, bias_axes, rows, columns):
         bias_axes=bias_axes,
     )
     x = built(layer, shape_of(equation))
-    spec = linear_map(layer)
+    (spec,) = linear_maps(layer)
     assert (spec.layout.rows, spec.layout.columns) == (rows, columns)
     check(layer, [layer], x)
 
@@ -76,7 +76,7 @@ def test_bias_that_is_no_homogeneous_coordinate_falls_back(bias_axes):
         "abc,cde->abde", output_shape=(3, 5, 3), bias_axes=bias_axes
     )
     built(layer, (4, 3, 2))
-    spec = linear_map(layer)
+    (spec,) = linear_maps(layer)
     assert [v.path for v in spec.variables] == [layer.kernel.path]
     assert spec.layout.bias_shape is None
 
@@ -98,7 +98,7 @@ def test_other_equations_are_not_captured(equation, output_shape):
         assert not parse_equation(equation).is_linear_map
         return
     built(layer, shape)
-    assert linear_map(layer) is None
+    assert linear_maps(layer) == ()
 
 
 @settings(max_examples=15, deadline=None)

@@ -66,8 +66,8 @@ class Recorded:
             tape,
             self.terms,
             [
-                taps.record(layer)
-                for layer in match_layers(plan, model, self.variables)
+                taps.record(layer, index)
+                for layer, index in match_layers(plan, model, self.variables)
             ],
             self.curvature.entries,
             [variable.value for variable in self.variables],
