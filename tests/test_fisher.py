@@ -9,6 +9,7 @@ from tests.reference import fisher as reference
 from tests.reference import kfac
 from tests.reference.bridge import mlp, network_of, randomize
 from tests.reference.heads import Term
+from tests.reference.unknown import Unknown
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -137,7 +138,7 @@ def test_variables_without_a_linear_map_have_their_diagonal():
         [
             keras.Input((3,)),
             keras.layers.Dense(2),
-            keras.layers.LayerNormalization(),
+            Unknown(),
         ]
     )
     randomize(model)

@@ -123,7 +123,10 @@ class KroneckerBlock(Block):
         if isinstance(inputs, OneHot):
             shared = tf.cast(tf.shape(inputs.indices)[1], inputs.dtype)
             scaled = inputs.scale(tf.sqrt(weights / shared)[:, tf.newaxis])
-            return (scaled.squares(),)
+            squares = scaled.squares()
+            if isinstance(self._input, _ScalarFactor):
+                squares = tf.reduce_sum(squares) / self._input.size
+            return (squares,)
         shared = tf.cast(tf.shape(inputs)[-2], inputs.dtype)
         scale = tf.sqrt(weights / shared)[:, tf.newaxis, tf.newaxis]
         return (self._input.second_moment(scale * inputs),)

@@ -3,11 +3,15 @@
 from keras_natgrad.capture import (
     dense,  # noqa: F401  (registers)
     einsum_dense,  # noqa: F401  (registers)
+    elementwise,  # noqa: F401  (registers)
+    embedding,  # noqa: F401  (registers)
+    normalization,  # noqa: F401  (registers)
 )
 from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.capture.plan import LayerPlan, Plan, make_plan, match_layers
 from keras_natgrad.capture.registry import (
     LinearMap,
+    NotCaptured,
     applies_matrix,
     linear_maps,
     register_layer,
@@ -20,6 +24,7 @@ __all__ = [
     "LayerPlan",
     "LayerRecord",
     "LinearMap",
+    "NotCaptured",
     "ParameterLayout",
     "Plan",
     "Taps",

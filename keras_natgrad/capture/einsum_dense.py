@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,13 @@ class Equation:
     has_ellipsis: bool
 
     @property
+    def grouped(self) -> str:
+        """Labels in input, kernel and output: a matrix of its own for each."""
+        return "".join(
+            c for c in self.kernel if c in self.inputs and c in self.outputs
+        )
+
+    @property
     def contracted(self) -> str:
         """Labels summed against the kernel: the n input features."""
         return "".join(c for c in self.kernel if c not in self.outputs)
@@ -51,19 +59,17 @@ class Equation:
 
     @property
     def is_linear_map(self) -> bool:
-        """Whether one matrix is applied at every shared position.
+        """Whether one matrix per group is applied at every shared position.
 
-        Not so where a label occurs in input, kernel and output alike (a
-        matrix per position), where the kernel is summed over a label of its
-        own, or where the first axis, the batch, takes part.
+        Not so where the kernel is summed over a label of its own, or where
+        the first axis, the batch, takes part.
         """
-        in_all = set(self.inputs) & set(self.kernel) & set(self.outputs)
         own = set(self.kernel) - set(self.inputs) - set(self.outputs)
         starts_with_batch = self.has_ellipsis or (
             self.inputs[:1] == self.outputs[:1]
             and self.inputs[:1] not in self.kernel
         )
-        return not in_all and not own and starts_with_batch
+        return not own and starts_with_batch
 
 
 def parse_equation(equation: str) -> Equation:
@@ -81,7 +87,10 @@ def parse_equation(equation: str) -> Equation:
 
 @register_layer(keras.layers.EinsumDense)
 def describe_einsum_dense(layer: keras.layers.EinsumDense) -> LinearMap | None:
-    """`z = einsum(equation, x, W) + b` with W applied at every position."""
+    """`z = einsum(equation, x, W) + b` with W applied at every position.
+
+    Labels in input, kernel and output alike are groups with a matrix each.
+    """
     equation = parse_equation(layer.equation)
     leads = layer.equation.replace(" ", "")
     trailing_ellipsis = _ELLIPSIS in leads and not leads.startswith(_ELLIPSIS)
@@ -89,16 +98,20 @@ def describe_einsum_dense(layer: keras.layers.EinsumDense) -> LinearMap | None:
         return None
     kernel = kernel_variable(layer)
     sides = dict(zip(equation.kernel, kernel.shape, strict=True))
+    grouped = equation.grouped
     layout = ParameterLayout(
         kernel_shape=tuple(int(side) for side in kernel.shape),
         permutation=tuple(
             equation.kernel.index(c)
-            for c in equation.contracted + equation.produced
+            for c in grouped + equation.contracted + equation.produced
         ),
         inputs=size_of([sides[c] for c in equation.contracted]),
         outputs=size_of([sides[c] for c in equation.produced]),
         bias_shape=_bias_shape(layer, equation),
+        groups=size_of([sides[c] for c in grouped]) if grouped else None,
     )
+    # One weight, or a weight and a bias, per group.
+    elementwise = grouped and layout.rows * layout.columns <= 2
     variables: tuple[Any, ...] = (kernel,)
     if layout.bias_shape is not None:
         variables = (kernel, layer.bias)
@@ -106,11 +119,20 @@ def describe_einsum_dense(layer: keras.layers.EinsumDense) -> LinearMap | None:
         variables=variables,
         layout=layout,
         inputs=lambda x: _canonical(
-            x, equation, equation.inputs, equation.contracted, layout.inputs
+            x,
+            equation,
+            equation.inputs,
+            equation.contracted,
+            [*layout.lead, layout.inputs],
         ),
         cotangents=lambda g: _canonical(
-            g, equation, equation.outputs, equation.produced, layout.outputs
+            g,
+            equation,
+            equation.outputs,
+            equation.produced,
+            [*layout.lead, layout.outputs],
         ),
+        block="full" if elementwise else None,
     )
 
 
@@ -120,11 +142,16 @@ def _bias_shape(
     """Returns the bias shape if the bias has one entry per output feature.
 
     A bias that varies over shared positions, or is common to several output
-    features, is no homogeneous coordinate and falls back.
+    features or groups, is no homogeneous coordinate and falls back; as does
+    one whose axes are in another order than groups and features.
     """
     if layer.bias is None:
         return None
-    if set(layer.bias_axes) != set(equation.produced):
+    features = equation.grouped + equation.produced
+    ordered = [c for c in equation.outputs if c in features]
+    if set(layer.bias_axes) != set(features):
+        return None
+    if equation.grouped and ordered != list(features):
         return None
     return tuple(int(side) for side in layer.bias.shape)
 
@@ -134,17 +161,17 @@ def _canonical(
     equation: Equation,
     labels: str,
     features: str,
-    size: int,
+    sizes: Sequence[int],
 ) -> tf.Tensor:
-    """Moves feature axes last and merges to `[batch, shared, size]`.
+    """Moves group and feature axes last: `[batch, shared, *sizes]`.
 
     Labels of the input that neither the kernel nor the output has are summed
     over: the kernel acts on the sum.
     """
-    kept = "".join(c for c in labels if c in equation.shared or c in features)
+    last = equation.grouped + features
+    shared = "".join(c for c in equation.shared if c in labels)
     ellipsis = _ELLIPSIS if equation.has_ellipsis else ""
-    shared = "".join(c for c in equation.shared if c in kept)
-    source, target = ellipsis + labels, ellipsis + shared + features
+    source, target = ellipsis + labels, ellipsis + shared + last
     if source != target:
         tensor = tf.einsum(f"{source}->{target}", tensor)
-    return tf.reshape(tensor, [tf.shape(tensor)[0], -1, size])
+    return tf.reshape(tensor, [tf.shape(tensor)[0], -1, *sizes])

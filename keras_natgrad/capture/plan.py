@@ -10,6 +10,7 @@ import keras
 
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture.layout import ParameterLayout
+from keras_natgrad.capture.ownership import owners_of_variables, why_not_owned
 from keras_natgrad.capture.registry import linear_maps
 
 
@@ -119,20 +120,20 @@ def make_plan(
 
     Returns:
         The `Plan`. A layer is captured when all variables of its linear map
-        are among `variables`; whatever no captured layer owns falls back.
+        are among `variables`; whatever no captured layer owns falls back, as
+        does a variable that several layers own.
     """
     positions = {id(variable): i for i, variable in enumerate(variables)}
     layers: list[LayerPlan] = []
-    owners: dict[int, str] = {}
+    owners = owners_of_variables(model)
     for layer in flatten_layers(model):
-        for variable in layer.trainable_variables:
-            if id(variable) in positions:
-                owners[positions[id(variable)]] = type(layer).__name__
         if layer.name in exclude or layer.path in exclude:
             continue
         for spec in linear_maps(layer):
             found = tuple(positions.get(id(v), -1) for v in spec.variables)
             if min(found) < 0:  # Frozen, or trained by another optimizer.
+                continue
+            if any(len(owners.get(id(v), ())) > 1 for v in spec.variables):
                 continue
             layers.append(
                 LayerPlan(
@@ -146,8 +147,7 @@ def make_plan(
     owned = {i for layer in layers for i in layer.variables}
     fallback = tuple(i for i in range(len(variables)) if i not in owned)
     reasons = tuple(
-        f"{owners.get(i, 'model')} variable without a captured linear map"
-        for i in fallback
+        why_not_owned(owners.get(id(variables[i]), [])) for i in fallback
     )
     return Plan(tuple(layers), fallback, reasons)
 

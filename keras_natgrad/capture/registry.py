@@ -36,6 +36,8 @@ class LinearMap:
             layer's call (such as `training`) beside its input.
         block: Name of the block that suits the layer, where a Kronecker
             product does not.
+        applies: Function of the keyword arguments of a call that says whether
+            the call uses this matrix; `None` where every call does.
     """
 
     variables: tuple[Any, ...]
@@ -44,9 +46,23 @@ class LinearMap:
     cotangents: Callable[[tf.Tensor], tf.Tensor]
     with_arguments: bool = False
     block: str | None = None
+    applies: Callable[..., bool] | None = None
 
 
-Describe: TypeAlias = Callable[[Any], "LinearMap | Sequence[LinearMap] | None"]
+@dataclass(frozen=True)
+class NotCaptured:
+    """Says why a layer of a registered class has no linear map.
+
+    Attributes:
+        reason: A few words, for the summary and the warning.
+    """
+
+    reason: str
+
+
+Describe: TypeAlias = Callable[
+    [Any], "LinearMap | Sequence[LinearMap] | NotCaptured | None"
+]
 
 _LAYERS: dict[type[keras.layers.Layer], Describe] = {}
 
@@ -65,7 +81,7 @@ def register_layer(
     Returns:
         A decorator for a function that takes a built layer and returns its
         `LinearMap`, a sequence of them where it has several matrices, or
-        `None` where this instance is not supported.
+        `None` or a `NotCaptured` where this instance is not supported.
 
     Raises:
         ValueError: If `layer_class` is not a layer class.
@@ -107,11 +123,8 @@ def may_support(layer: keras.layers.Layer) -> bool:
 
 def linear_maps(layer: keras.layers.Layer) -> tuple[LinearMap, ...]:
     """Returns the `LinearMap`s of a layer, none if it is not supported."""
-    describe = _find(layer)
-    if describe is None or not layer.built or not is_plain(layer):
-        return ()
-    found = describe(layer)
-    if found is None:
+    found = _describe(layer)
+    if found is None or isinstance(found, NotCaptured):
         return ()
     return (found,) if isinstance(found, LinearMap) else tuple(found)
 
@@ -122,6 +135,19 @@ def applies_matrix(layer: keras.layers.Layer) -> bool:
         spec.layout.groups is None and not spec.layout.one_hot
         for spec in linear_maps(layer)
     )
+
+
+def why_not_captured(layer: keras.layers.Layer) -> str | None:
+    """Returns why a layer has no linear map, if its function says so."""
+    found = _describe(layer)
+    return found.reason if isinstance(found, NotCaptured) else None
+
+
+def _describe(layer: keras.layers.Layer) -> Any:
+    describe = _find(layer)
+    if describe is None or not layer.built or not is_plain(layer):
+        return None
+    return describe(layer)
 
 
 def _find(layer: keras.layers.Layer) -> Describe | None:

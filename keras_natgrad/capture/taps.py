@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ class LayerUse(NamedTuple):
 
     Attributes:
         inputs: The layer's raw input.
-        arguments: Keyword arguments of the call.
+        arguments: The other arguments of the call, by name.
         preactivation: Its pre-activation `z`.
     """
 
@@ -78,18 +79,35 @@ class LayerRecord:
 
     @property
     def inputs(self) -> list[tf.Tensor]:
-        """Its raw inputs, one per use of the layer."""
-        return [use.inputs for use in self._recorded.uses]
+        """Its raw inputs, one per use."""
+        return [use.inputs for use in self._uses]
 
     @property
     def preactivations(self) -> list[tf.Tensor]:
         """Its pre-activations `z`, one per use."""
-        return [use.preactivation for use in self._recorded.uses]
+        return [use.preactivation for use in self._uses]
 
     @property
     def spec(self) -> LinearMap:
         """Its `LinearMap`."""
         return self._recorded.specs[self._index]
+
+    @property
+    def _uses(self) -> list[LayerUse]:
+        """The uses of the layer that are uses of this matrix."""
+        applies = self.spec.applies
+        if applies is None:
+            return self._recorded.uses
+        return [u for u in self._recorded.uses if applies(**u.arguments)]
+
+    def lacks_batch(self, batch: int | None) -> bool:
+        """Returns whether static shapes show a use without the batch axis.
+
+        Args:
+            batch: Number of examples, `None` where it is not known yet.
+        """
+        first = [z.shape[0] for z in self.preactivations]
+        return any(n and (not batch or n % batch != 0) for n in first)
 
     def canonical_inputs(self, dtype: Any, batch: tf.Tensor) -> Rows:
         """Returns `ā`, `[(groups,) batch, shared, rows]`.
@@ -98,9 +116,9 @@ class LayerRecord:
         count as more shared positions. One-hot inputs stay so.
         """
         layout = self.spec.layout
-        if not self._recorded.uses:  # The layer took no part in this pass.
+        if not self._uses:  # The layer took no part in this pass.
             return tf.zeros([*layout.lead, batch, 1, layout.rows], dtype)
-        parts = [self._own_inputs(use) for use in self._recorded.uses]
+        parts = [self._own_inputs(use) for use in self._uses]
         if layout.one_hot:
             return _merge_one_hot(parts, dtype, batch)
         merged = _merge([tf.cast(part, dtype) for part in parts], batch)
@@ -124,7 +142,7 @@ class LayerRecord:
             batch: Number of examples.
         """
         layout = self.spec.layout
-        if not self._recorded.uses:
+        if not self._uses:
             return tf.zeros([*layout.lead, batch, 1, layout.columns], dtype)
         parts = [
             tf.cast(
@@ -225,28 +243,42 @@ class Taps:
 
 def _tapped(layer: keras.layers.Layer, record: LayerUses) -> Callable[..., Any]:
     original = layer.call
+    signature = inspect.signature(original)
 
-    def call(inputs: tf.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        inputs, others = _split_arguments(signature, args, kwargs)
         activation = getattr(layer, "activation", None)
         if activation is None:
-            outputs = original(inputs, *args, **kwargs)
-            _note(record, inputs, kwargs, outputs)
+            outputs = original(*args, **kwargs)
+            _note(record, inputs, others, outputs)
             return outputs
 
         def tap(preactivation: tf.Tensor) -> tf.Tensor:
             # The identity gives the pre-activation a tensor of its own: in
             # eager mode an activation may return its argument.
             preactivation = tf.identity(preactivation)
-            _note(record, inputs, kwargs, preactivation)
+            _note(record, inputs, others, preactivation)
             return activation(preactivation)
 
         object.__setattr__(layer, "activation", tap)
         try:
-            return original(inputs, *args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             object.__setattr__(layer, "activation", activation)
 
     return call
+
+
+def _split_arguments(
+    signature: inspect.Signature, args: Any, kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Returns the first argument of a call, and the others by name."""
+    others = dict(signature.bind(*args, **kwargs).arguments)
+    inputs = others.pop(next(iter(others)))
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            others.update(others.pop(name, {}))
+    return inputs, others
 
 
 def _note(
@@ -269,7 +301,9 @@ def _drop_foreign(record: LayerUses) -> None:
     eager = tf.executing_eagerly()
     graph = None if eager else tf.compat.v1.get_default_graph()
 
-    def here(z: tf.Tensor) -> bool:
+    def here(z: Any) -> bool:
+        if not isinstance(z, tf.Tensor):  # Ragged: the map will refuse it.
+            return True
         if eager:
             return isinstance(z, tf.__internal__.EagerTensor)
         return z.graph is graph

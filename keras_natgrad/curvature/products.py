@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -43,7 +44,7 @@ def jacobian_vector_products(
         )
         inner = tf.add_n(
             [
-                tf.reduce_sum(tf.convert_to_tensor(g) * tf.cast(d, g.dtype))
+                _inner(g, tf.cast(d, g.dtype))
                 for g, d in zip(gradients, direction, strict=True)
                 if g is not None
             ]
@@ -53,6 +54,14 @@ def jacobian_vector_products(
         tf.zeros_like(term.outputs) if tangent is None else tangent
         for term, tangent in zip(terms, tangents, strict=True)
     ]
+
+
+def _inner(gradient: Any, direction: tf.Tensor) -> tf.Tensor:
+    """Returns `⟨gradient, direction⟩`; that of an embedding stays sparse."""
+    if isinstance(gradient, tf.IndexedSlices):
+        direction = tf.gather(direction, gradient.indices)
+        gradient = gradient.values
+    return tf.reduce_sum(tf.convert_to_tensor(gradient) * direction)
 
 
 def fisher_gram(

@@ -277,6 +277,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         usable &= tf.reduce_all(tf.math.is_finite(tape.loss))
         records = [tape.taps.record(layer, index) for layer, index in layers]
         _check_reached(records)
+        _check_batched(records, terms[0].outputs.shape[0])
         observation = Observation(tape, terms, records, usable)
         observation.surged = self.has_surged(observation)
         self.observe(observation)
@@ -399,6 +400,17 @@ def _check_reached(records: Sequence[LayerRecord]) -> None:
             f"where their curvature cannot be reached: {lost}. Leave them out "
             f"with `optimizer.attach(model, exclude={lost})`; they then get "
             "the fallback block."
+        )
+
+
+def _check_batched(records: Sequence[LayerRecord], batch: int | None) -> None:
+    names = [r.layer.name for r in records if r.lacks_batch(batch)]
+    if names:
+        raise ValueError(
+            "These layers are called on inputs without the batch axis, where "
+            f"the examples cannot be told apart: {names}. Leave them out with "
+            f"`optimizer.attach(model, exclude={names})`; they then get the "
+            "fallback block."
         )
 
 

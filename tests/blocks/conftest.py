@@ -43,7 +43,9 @@ def make_block():
     """Factory of built float64 blocks by name and options."""
 
     def make(kind, biased=False, **options):
-        block = create(kind, BlockShape(ROWS, COLUMNS, biased=biased), **options)
+        block = create(
+            kind, BlockShape(ROWS, COLUMNS, biased=biased), **options
+        )
         return build(block)
 
     return make

@@ -75,6 +75,60 @@ def check(model, layers, x, rtol=1e-9, product=True):
     return [taps.record(layer) for layer in layers]
 
 
+def check_examples(model, layers, x):
+    """Asserts that `Σ_s ā gᵀ` is the gradient of every single example.
+
+    The reference calls the model on one example at a time, so examples must
+    not act on each other.
+    """
+    rng = np.random.default_rng(3)
+    with Taps(layers) as taps, tf.GradientTape(persistent=True) as tape:
+        outputs = model(x)
+        weights = rng.normal(size=tuple(outputs.shape))
+        loss = tf.reduce_sum(tf.tanh(outputs) * weights)
+    batch = len(x)
+    for layer in layers:
+        for index, spec in enumerate(linear_maps(layer)):
+            record = taps.record(layer, index)
+            inputs = to_dense(record.canonical_inputs("float64", batch))
+            cotangents = record.canonical_cotangents(
+                tape.gradient(loss, list(record.preactivations)),
+                "float64",
+                batch,
+            )
+            found = tf.einsum("...sr,...sm->...rm", inputs, cotangents)
+            for i in range(batch):
+                with tf.GradientTape() as single:
+                    own = tf.tanh(model(x[i : i + 1])) * weights[i : i + 1]
+                    own = tf.reduce_sum(own)
+                gradients = [
+                    tf.convert_to_tensor(gradient)
+                    for gradient in single.gradient(
+                        own, [v.value for v in spec.variables]
+                    )
+                ]
+                np.testing.assert_allclose(
+                    found[..., i, :, :],
+                    spec.layout.to_matrix(gradients),
+                    rtol=1e-9,
+                    atol=1e-12,
+                )
+
+
+def randomized(layer, x, seed=0):
+    """Builds a layer and gives every weight a random value.
+
+    Those that must not be negative stay so.
+    """
+    layer(x)
+    rng = np.random.default_rng(seed)
+    for variable in layer.weights:
+        value = rng.normal(size=tuple(variable.shape))
+        positive = "variance" in variable.name
+        variable.assign(np.abs(value) + 0.1 if positive else value)
+    return layer
+
+
 def has_bias(layer):
     return getattr(layer, "bias", None) is not None
 

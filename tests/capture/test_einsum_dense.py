@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from keras_natgrad.capture import linear_maps
 from keras_natgrad.capture.einsum_dense import parse_equation
 
-from .conftest import check
+from .conftest import check, check_examples
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -84,8 +84,7 @@ def test_bias_that_is_no_homogeneous_coordinate_falls_back(bias_axes):
 @pytest.mark.parametrize(
     ("equation", "output_shape"),
     [
-        ("abc,bcd->abd", (3, 5)),  # a matrix per position
-        ("abc,c->abc", (3, 2)),  # elementwise
+        ("abc,abd->adc", (5, 2)),  # the kernel has the batch axis
         ("ab,bcd->ac", (2,)),  # the kernel is summed by itself
         ("abc,acd->abd", (3, 5)),  # a matrix per example
         ("ab...,bc->ac...", (2, 2)),  # trailing ellipsis
@@ -99,6 +98,48 @@ def test_other_equations_are_not_captured(equation, output_shape):
         return
     built(layer, shape)
     assert linear_maps(layer) == ()
+
+
+# Equation, output shape, bias axes; groups, rows and columns.
+GROUPED = [
+    ("abc,bcd->abd", (3, 5), None, 3, 2, 5),  # a matrix per position
+    ("abc,bcd->abd", (3, 5), "bd", 3, 3, 5),
+    ("abc,bcd->abd", (3, 5), "d", 3, 2, 5),  # common to the groups
+    ("abc,bcd->adb", (5, 3), None, 3, 2, 5),
+    ("abc,bcd->adb", (5, 3), "db", 3, 2, 5),  # in another order
+    ("abc,c->abc", (3, 2), None, 2, 1, 1),  # elementwise
+    ("abc,c->abc", (3, 2), "c", 2, 2, 1),
+    ("abc,bc->abc", (3, 2), "bc", 6, 2, 1),
+    ("abc,cb->acb", (2, 3), None, 6, 1, 1),
+    ("abc,cd->abcd", (3, 2, 5), "cd", 2, 2, 5),
+    ("abcd,bde->acbe", (2, 3, 3), None, 3, 5, 3),
+    ("...x,x->...x", (3,), "x", 3, 2, 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("equation", "output_shape", "bias_axes", "groups", "rows", "columns"),
+    GROUPED,
+)
+def test_groups(equation, output_shape, bias_axes, groups, rows, columns):
+    """A label in input, kernel and output: one matrix for each."""
+    layer = keras.layers.EinsumDense(
+        equation,
+        output_shape=output_shape,
+        activation="tanh",
+        bias_axes=bias_axes,
+    )
+    x = built(layer, shape_of(equation))
+    (spec,) = linear_maps(layer)
+    layout = spec.layout
+    assert (layout.groups, layout.rows, layout.columns) == (
+        groups,
+        rows,
+        columns,
+    )
+    assert (spec.block == "full") == (rows * columns <= 2)
+    check(layer, [layer], x)
+    check_examples(layer, [layer], x)
 
 
 @settings(max_examples=15, deadline=None)

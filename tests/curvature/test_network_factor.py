@@ -9,6 +9,7 @@ from keras_natgrad.curvature.factor_columns import Columns
 from keras_natgrad.curvature.network_factor import NetworkFactor
 from tests.reference import fisher
 from tests.reference.bridge import dense_layers, mlp, network_of, randomize
+from tests.reference.unknown import Unknown
 
 SEED = tf.constant([0, 0])
 
@@ -203,7 +204,7 @@ def test_fallback_variables(record):
         [
             keras.Input((3,)),
             keras.layers.Dense(4, "tanh"),
-            keras.layers.LayerNormalization(),
+            Unknown(),
             keras.layers.Dense(2),
         ]
     )

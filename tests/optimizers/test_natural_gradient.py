@@ -10,6 +10,7 @@ from tests.reference import fisher
 from tests.reference.bridge import mlp as random_mlp
 from tests.reference.bridge import network_of
 from tests.reference.heads import Term
+from tests.reference.unknown import Unknown
 from tests.training.networks import assert_close, compiled, data, mlp, weights
 
 CG = kng.solvers.ConjugateGradient(400, 0.0, warm_start=0.0)
@@ -229,7 +230,7 @@ def test_layers_that_are_not_captured_train():
         [
             keras.Input((4,)),
             keras.layers.Dense(5, "tanh"),
-            keras.layers.LayerNormalization(),
+            Unknown(),
             keras.layers.Dense(3),
         ]
     )

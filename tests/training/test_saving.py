@@ -76,7 +76,7 @@ print("continued")
 
 
 def deep():
-    """Batch normalisation, which falls back and has moving statistics.
+    """Batch normalisation, which has moving statistics.
 
     There is no Dropout: Keras does not save the state of its seed.
     """

@@ -1,0 +1,118 @@
+"""Embeddings: rows of a matrix, looked up by integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_natgrad.capture.dense import merge_middle_axes
+from keras_natgrad.capture.layout import ParameterLayout
+from keras_natgrad.capture.registry import (
+    LinearMap,
+    NotCaptured,
+    register_layer,
+)
+from keras_natgrad.linalg import OneHot
+
+
+@register_layer(keras.layers.Embedding)
+def describe_embedding(
+    layer: keras.layers.Embedding,
+) -> LinearMap | NotCaptured:
+    """`z[b, ..., :] = e_id E`: the inputs are one-hot vectors.
+
+    An integer of a masked token looks up its row like any other; where the
+    mask keeps it out of the loss its cotangent is zero.
+    """
+    if _is_built_without_batch(layer):
+        return NotCaptured("looked up by integers without a batch axis")
+    return _lookup(layer)
+
+
+@register_layer(keras.layers.ReversibleEmbedding)
+def describe_reversible_embedding(
+    layer: keras.layers.ReversibleEmbedding,
+) -> LinearMap | list[LinearMap] | NotCaptured:
+    """An embedding, and a projection back to logits by its own matrix.
+
+    With tied weights the gradient of E is `Σ e_id gᵀ + Σ u hᵀ`, with the
+    cotangents u of the logits and the hidden states h. The vectors u are no
+    inputs, known before the backward pass.
+    """
+    if layer.tie_weights:
+        return NotCaptured(
+            "embedding tied to the output projection, used as E and as Eᵀ"
+        )
+    lookup = _lookup(layer, lambda reverse=False, **_: not reverse)
+    if layer.logit_soft_cap is not None:
+        return lookup
+    features, depth = (int(n) for n in layer.reverse_embeddings.shape)
+    projection = LinearMap(
+        variables=(layer.reverse_embeddings,),
+        layout=ParameterLayout.of_matrix(features, depth, bias=False),
+        inputs=lambda x: merge_middle_axes(x, features),
+        cotangents=lambda g: merge_middle_axes(g, depth),
+        applies=lambda reverse=False, **_: bool(reverse),
+    )
+    return [lookup, projection]
+
+
+def _lookup(
+    layer: keras.layers.Embedding,
+    applies: Callable[..., bool] | None = None,
+) -> LinearMap:
+    depth, features = (int(side) for side in layer.embeddings.shape)
+    return LinearMap(
+        variables=(layer.embeddings,),
+        layout=ParameterLayout(
+            kernel_shape=(depth, features),
+            permutation=(0, 1),
+            inputs=depth,
+            outputs=features,
+            one_hot=True,
+        ),
+        inputs=lambda ids: one_hot_rows(ids, depth),
+        cotangents=lambda g: merge_middle_axes(g, features),
+        applies=applies,
+    )
+
+
+def one_hot_rows(ids: Any, depth: int) -> OneHot:
+    """Returns the rows that integers `[batch, ...]` look up.
+
+    As Keras does, negative ones count from the end; those out of range look
+    up nothing.
+
+    Args:
+        ids: Tensor of integers.
+        depth: Size of the vocabulary.
+
+    Raises:
+        ValueError: If the integers are a ragged or a sparse tensor.
+    """
+    if not isinstance(ids, tf.Tensor):
+        raise ValueError(
+            "An embedding of ragged or sparse integers has no canonical form. "
+            "Leave it out with `optimizer.attach(model, exclude=[...])`. "
+            f"Received: ids={ids!r}"
+        )
+    if not ids.dtype.is_integer:
+        ids = tf.cast(ids, tf.int32)
+    ids = tf.reshape(ids, [tf.shape(ids)[0], -1])
+    ids = tf.where(ids < 0, ids + tf.cast(depth, ids.dtype), ids)
+    return OneHot(ids, tf.ones(tf.shape(ids), tf.float32), depth)
+
+
+def _is_built_without_batch(layer: keras.layers.Embedding) -> bool:
+    """Returns whether the layer was built on a fixed list of integers.
+
+    An embedding of positions is often called on `range(length)`, and its
+    output added to every example: the cotangents of the examples arrive as
+    one sum.
+    """
+    config: dict[str, Any] = layer.get_build_config() or {}
+    shape: Sequence[Any] = config.get("input_shape") or ()
+    return len(shape) == 1 and shape[0] is not None
