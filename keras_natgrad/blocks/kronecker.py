@@ -13,12 +13,14 @@ from typing_extensions import override
 from keras_natgrad.blocks.base import Block, BlockShape, FactorScales
 from keras_natgrad.linalg import (
     DampedInverse,
-    OneHot,
     Rows,
+    StructuredRows,
     block_diagonal,
     damped_inverse,
     kronecker_operator,
-    to_dense,
+    position_count,
+    position_mean,
+    scale_examples,
     trace_norm_ratio,
 )
 
@@ -119,15 +121,10 @@ class KroneckerBlock(Block):
     ) -> tuple[tf.Tensor, ...]:
         weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
         if self.weight_sharing is WeightSharing.REDUCE:
-            inputs = to_dense(inputs)
-            inputs = tf.reduce_mean(inputs, axis=-2, keepdims=True)
-        if isinstance(inputs, OneHot):
-            shared = tf.cast(tf.shape(inputs.indices)[1], inputs.dtype)
-            scaled = inputs.scale(tf.sqrt(weights / shared)[:, tf.newaxis])
-            return (scaled.squares(),)
-        shared = tf.cast(tf.shape(inputs)[-2], inputs.dtype)
-        scale = tf.sqrt(weights / shared)[:, tf.newaxis, tf.newaxis]
-        return (self._input.second_moment(scale * inputs),)
+            inputs = position_mean(inputs)
+        shared = tf.cast(position_count(inputs), inputs.dtype)
+        scaled = scale_examples(inputs, tf.sqrt(weights / shared))
+        return (self._input.second_moment(scaled),)
 
     @override
     def cotangent_statistics(
@@ -234,7 +231,7 @@ class _Factor(abc.ABC):
         return math.prod(self.shape)
 
     @abc.abstractmethod
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+    def second_moment(self, vectors: Rows) -> tf.Tensor:
         """Returns the sum of outer products of `[..., batch, shared, size]`."""
 
     @abc.abstractmethod
@@ -271,7 +268,9 @@ class _DenseFactor(_Factor):
     def shape(self) -> tuple[int, ...]:
         return (*self.lead, self.size, self.size)
 
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+    def second_moment(self, vectors: Rows) -> tf.Tensor:
+        if isinstance(vectors, StructuredRows):
+            return vectors.second_moment()
         flat = tf.reshape(vectors, [*self.lead, -1, self.size])
         return tf.matmul(flat, flat, transpose_a=True)
 
@@ -299,7 +298,9 @@ class _DiagonalFactor(_Factor):
     def shape(self) -> tuple[int, ...]:
         return (*self.lead, self.size)
 
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+    def second_moment(self, vectors: Rows) -> tf.Tensor:
+        if isinstance(vectors, StructuredRows):
+            return vectors.squares()
         return tf.reduce_sum(tf.square(vectors), axis=[-3, -2])
 
     def trace(self, average: tf.Tensor) -> tf.Tensor:
@@ -328,7 +329,9 @@ class _ScalarFactor(_Factor):
     def shape(self) -> tuple[int, ...]:
         return self.lead
 
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+    def second_moment(self, vectors: Rows) -> tf.Tensor:
+        if isinstance(vectors, StructuredRows):
+            return tf.reduce_mean(vectors.squares(), axis=-1)
         squares = tf.reduce_sum(tf.square(vectors), axis=[-3, -2, -1])
         return squares / self.size
 

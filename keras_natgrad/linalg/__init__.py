@@ -6,7 +6,8 @@ from keras_natgrad.linalg.kronecker import (
     kronecker_operator,
     trace_norm_ratio,
 )
-from keras_natgrad.linalg.one_hot import OneHot, Rows, to_dense
+from keras_natgrad.linalg.one_hot import OneHot
+from keras_natgrad.linalg.patches import Patches
 from keras_natgrad.linalg.psd import (
     DampedInverse,
     DampedSolution,
@@ -14,20 +15,42 @@ from keras_natgrad.linalg.psd import (
     damped_solve,
     pseudo_inverse_solve,
 )
+from keras_natgrad.linalg.rows import (
+    Rows,
+    StructuredRows,
+    homogeneous,
+    multiply,
+    position_count,
+    position_mean,
+    scale_examples,
+    take_examples,
+    to_dense,
+)
 from keras_natgrad.linalg.scalars import scalar
+from keras_natgrad.linalg.windows import Window, padded
 
 __all__ = [
     "DampedInverse",
     "DampedSolution",
     "OneHot",
+    "Patches",
     "Rows",
+    "StructuredRows",
+    "Window",
     "block_diagonal",
     "damped_inverse",
     "damped_solve",
     "flatten_matrix",
+    "homogeneous",
     "kronecker_operator",
+    "multiply",
+    "padded",
+    "position_count",
+    "position_mean",
     "pseudo_inverse_solve",
     "scalar",
+    "scale_examples",
+    "take_examples",
     "to_dense",
     "trace_norm_ratio",
 ]
