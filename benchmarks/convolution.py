@@ -42,7 +42,8 @@ def function(method: str) -> Callable[[Any], Any]:
         return tf.matmul(rows, rows, transpose_a=True)
 
     def patches(images: Any) -> Any:
-        return Patches(padded(images, window, "same"), window).second_moment()
+        images = padded(images, window, "same")[:, tf.newaxis]
+        return Patches(images, window).second_moment()
 
     return {"explicit": explicit, "patches": patches}[method]
 

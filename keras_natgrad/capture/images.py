@@ -56,11 +56,12 @@ def patches(layer: Any, images: tf.Tensor, groups: int | None = None) -> Rows:
     window = window_of(layer)
     images = padded(channels_last(layer, images), window, layer.padding)
     if groups is not None:
-        return Patches(split_groups(images, groups), window)
+        images = split_groups(images, groups)
+        return Patches(images[:, tf.newaxis], window)
     if math.prod(window.kernel) == 1:
         seen = window.at(images, (0,) * window.rank)
         return merge_middle_axes(seen, images.shape[-1])
-    return Patches(images, window)
+    return Patches(images[:, tf.newaxis], window)
 
 
 def depthwise_layout(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import tensorflow as tf
 from typing_extensions import override
@@ -20,25 +21,22 @@ class Patches(StructuredRows):
     keeps the images only. Products with a matrix are convolutions.
 
     Args:
-        images: Tensor `[N, *spatial, (groups,) channels]`, with the zeros of
-            the padding.
+        images: Tensor `[batch, images, *spatial, (groups,) channels]`, with
+            the zeros of the padding. The positions of all images of an
+            example are shared ones; most layers see one.
         window: `Window`.
-        batch: Number of examples; several images of one example follow each
-            other, and their positions are shared ones. N where it is `None`.
-        constant: Tensor `[N]`, the value of a last coordinate of the rows of
-            each image, or `None` for no such coordinate.
+        constant: Tensor `[batch, images]`, the value of a last coordinate of
+            the rows of each image, or `None` for no such coordinate.
     """
 
     def __init__(
         self,
         images: tf.Tensor,
         window: Window,
-        batch: Size | None = None,
         constant: tf.Tensor | None = None,
     ) -> None:
         self.images = images
         self.window = window
-        self.batch = size_of(images, 0) if batch is None else batch
         self.constant = constant
 
     # -- Shapes ----------------------------------------------------------
@@ -51,78 +49,87 @@ class Patches(StructuredRows):
     @property
     @override
     def shared(self) -> tf.Tensor:
-        return tf.convert_to_tensor(self._positions * self._images_per_example)
+        return tf.convert_to_tensor(self._shared)
+
+    @property
+    def _shared(self) -> Size:
+        return size_of(self.images, 1) * self._positions
 
     @property
     def _positions(self) -> Size:
         """Number of positions in one image."""
         total: Size = 1
         for axis in range(self.window.rank):
-            size = size_of(self.images, axis + 1)
+            size = size_of(self.images, axis + 2)
             total *= self.window.positions(size, axis)
         return total
 
     @property
-    def _images_per_example(self) -> Size:
-        return size_of(self.images, 0) // self.batch
+    def _grouped(self) -> bool:
+        return self.images.shape.rank == self.window.rank + 4
 
     @property
-    def _grouped(self) -> bool:
-        return self.images.shape.rank == self.window.rank + 3
+    def _lead(self) -> list[int]:
+        return [self.images.shape[-2]] if self._grouped else []
 
-    def _with(
-        self, images: tf.Tensor, constant: tf.Tensor | None, batch: Size
-    ) -> Patches:
-        return Patches(images, self.window, batch, constant)
+    def _flat(self) -> tf.Tensor:
+        """Returns the images `[N, *spatial, (groups,) channels]`."""
+        sizes = range(2, self.images.shape.rank)
+        shape = [size_of(self.images, axis) for axis in sizes]
+        return tf.reshape(self.images, [-1, *shape])
+
+    def _weighted(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns images times weights of `[batch, images or 1]`."""
+        ones = [1] * (self.images.shape.rank - 2)
+        shape = tf.concat([tf.shape(weights), ones], axis=0)
+        return tf.reshape(weights, shape) * self.images
 
     @override
     def cast(self, dtype: tf.DType | str) -> Patches:
         constant = self.constant
         if constant is not None:
             constant = tf.cast(constant, dtype)
-        return self._with(tf.cast(self.images, dtype), constant, self.batch)
+        return Patches(tf.cast(self.images, dtype), self.window, constant)
 
     @override
     def fold(self, batch: tf.Tensor) -> Patches:
-        return self._with(self.images, self.constant, batch)
+        constant = self.constant
+        if constant is not None:
+            constant = tf.reshape(constant, [batch, -1])
+        sizes = range(2, self.images.shape.rank)
+        shape = [size_of(self.images, axis) for axis in sizes]
+        images = tf.reshape(self.images, [batch, -1, *shape])
+        return Patches(images, self.window, constant)
 
     @override
     def homogeneous(self) -> Patches:
-        ones = tf.ones([size_of(self.images, 0)], self.dtype)
-        return self._with(self.images, ones, self.batch)
+        ones = tf.ones(tf.shape(self.images)[:2], self.dtype)
+        return Patches(self.images, self.window, ones)
 
     @override
     def scale(self, factors: tf.Tensor) -> Patches:
-        factors = tf.tile(factors[:, tf.newaxis], [1, self._images_per_example])
-        flat = tf.reshape(factors, [-1])
+        factors = factors[:, tf.newaxis]
         constant = self.constant
         if constant is not None:
-            constant = flat * constant
-        shape = [-1] + [1] * (self.images.shape.rank - 1)
-        images = tf.reshape(flat, shape) * self.images
-        return self._with(images, constant, self.batch)
+            constant = factors * constant
+        return Patches(self._weighted(factors), self.window, constant)
 
     @override
     def take(self, examples: tf.Tensor) -> Patches:
-        per_example = self._images_per_example
-        first = per_example * examples[:, tf.newaxis]
-        index = tf.reshape(first + tf.range(per_example), [-1])
         constant = self.constant
         if constant is not None:
-            constant = tf.gather(constant, index)
-        images = tf.gather(self.images, index)
-        return self._with(images, constant, tf.size(examples))
+            constant = tf.gather(constant, examples)
+        images = tf.gather(self.images, examples)
+        return Patches(images, self.window, constant)
 
     # -- Sums over rows ---------------------------------------------------
 
     @override
     def second_moment(self) -> tf.Tensor:
-        moment = second_moment(self.images, self.window)
+        moment = second_moment(self._flat(), self.window)
         if self.constant is None:
             return moment
-        shape = [-1] + [1] * (self.images.shape.rank - 1)
-        scaled = tf.reshape(self.constant, shape) * self.images
-        sums = self._sums(tf.reduce_sum(scaled, axis=0, keepdims=True))
+        sums = self._sums(tf.reduce_sum(self._weighted(self.constant), [0, 1]))
         corner = self._sum_of_constants(sums)
         return tf.concat(
             [
@@ -134,25 +141,31 @@ class Patches(StructuredRows):
 
     @override
     def squares(self) -> tf.Tensor:
-        squares = tf.reduce_sum(tf.square(self.images), axis=0, keepdims=True)
-        sums = self._sums(squares)
+        sums = self._sums(tf.reduce_sum(tf.square(self.images), [0, 1]))
         if self.constant is not None:
             sums = tf.concat([sums, self._sum_of_constants(sums)], axis=-1)
         return sums[..., 0, :]
 
     @override
     def mean(self) -> tf.Tensor:
-        sums = self._sums(self.images) / tf.cast(self._positions, self.dtype)
+        # The mean over images first: their windows are then summed once.
+        images = tf.reduce_mean(self.images, axis=1)
+        positions = tf.cast(self._positions, self.dtype)
+        means = self._sums(images, examples=True) / positions
         if self.constant is not None:
-            ones = tf.ones_like(sums[..., :1])
-            constant = self.constant[:, tf.newaxis] * ones
-            sums = tf.concat([sums, constant], axis=-1)
-        shape = [*sums.shape[:-2], self.batch, -1, sums.shape[-1]]
-        return tf.reduce_mean(tf.reshape(sums, shape), axis=-2, keepdims=True)
+            constant = tf.reduce_mean(self.constant, axis=1)[:, tf.newaxis]
+            constant *= tf.ones_like(means[..., :1])
+            means = tf.concat([means, constant], axis=-1)
+        return means[..., tf.newaxis, :]
 
-    def _sums(self, images: tf.Tensor) -> tf.Tensor:
-        """Returns the windows summed over positions, `[(groups,) N, n]`."""
-        sums = self.window.sums(images)
+    def _sums(self, images: tf.Tensor, examples: bool = False) -> tf.Tensor:
+        """Returns the windows summed over positions, `[(groups,) N, n]`.
+
+        Args:
+            images: Tensor `[*spatial, (groups,) channels]`; N is then one.
+            examples: Whether they have an axis N before.
+        """
+        sums = self.window.sums(images if examples else images[tf.newaxis])
         if self._grouped:
             last = sums.shape.rank - 1
             sums = tf.transpose(sums, [last - 1, *range(last - 1), last])
@@ -164,10 +177,6 @@ class Patches(StructuredRows):
         positions = tf.cast(self._positions, self.dtype)
         total = positions * tf.reduce_sum(tf.square(self.constant))
         return total * tf.ones_like(like[..., :1])
-
-    @property
-    def _lead(self) -> list[int]:
-        return [self.images.shape[-2]] if self._grouped else []
 
     # -- Products, one offset of the windows after the other --------------
 
@@ -193,18 +202,18 @@ class Patches(StructuredRows):
         plain = max(window.strides) == 1 or max(window.dilations) == 1
         if plain and not self._grouped:
             return tf.nn.convolution(
-                self.images,
+                self._flat(),
                 weights,
                 strides=window.strides,
                 padding="VALID",
                 dilations=window.dilations,
             )
-        total = None
+        images, total = self._flat(), None
         for offset in window.offsets():
             index = (*offset, slice(None), slice(None))
             if self._grouped:
                 index = (slice(None), *index)
-            own, seen = weights[index], window.at(self.images, offset)
+            own, seen = weights[index], window.at(images, offset)
             equation = "...gc,gcm->...gm" if self._grouped else "...c,cm->...m"
             if seen.shape[-1] == 1:  # A product of numbers.
                 part = seen * own[..., 0, :]
@@ -216,12 +225,8 @@ class Patches(StructuredRows):
     @override
     def contract(self, cotangents: tf.Tensor) -> tf.Tensor:
         parts = [
-            tf.matmul(
-                self._canonical(self.window.at(self.images, offset)),
-                cotangents,
-                transpose_a=True,
-            )
-            for offset in self.window.offsets()
+            tf.matmul(seen, cotangents, transpose_a=True)
+            for seen in self._by_offset()
         ]
         if self.constant is not None:
             constants = self._constants()[:, tf.newaxis]
@@ -230,26 +235,30 @@ class Patches(StructuredRows):
 
     @override
     def to_dense(self) -> tf.Tensor:
-        parts = [
-            self._canonical(self.window.at(self.images, offset))
-            for offset in self.window.offsets()
-        ]
+        parts = list(self._by_offset())
         if self.constant is not None:
             ones = tf.ones_like(parts[0][..., :1])
             parts.append(self._constants()[..., tf.newaxis] * ones)
         return tf.concat(parts, axis=-1)
 
+    def _by_offset(self) -> Iterator[tf.Tensor]:
+        """Yields what each offset sees, `[(groups,) batch, shared, …]`."""
+        images = self._flat()
+        for offset in self.window.offsets():
+            yield self._canonical(self.window.at(images, offset))
+
     def _constants(self) -> tf.Tensor:
         """Returns the last coordinates, `[batch, shared]`."""
         assert self.constant is not None
-        repeated = tf.tile(self.constant[:, tf.newaxis], [1, self._positions])
-        return tf.reshape(repeated, [self.batch, -1])
+        repeated = self.constant[..., tf.newaxis]
+        repeated = tf.tile(repeated, [1, 1, self._positions])
+        return tf.reshape(repeated, [size_of(self.images, 0), self._shared])
 
     def _canonical(self, values: tf.Tensor) -> tf.Tensor:
         """Merges `[N, *positions, (groups,) m]` to the canonical form."""
-        features = values.shape[-1]
+        batch, features = size_of(self.images, 0), values.shape[-1]
         merged = tf.reshape(
-            values, [self.batch, self.shared, *self._lead, features]
+            values, [batch, self._shared, *self._lead, features]
         )
         if self._grouped:
             merged = tf.transpose(merged, [2, 0, 1, 3])
