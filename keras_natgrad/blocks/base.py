@@ -10,7 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_natgrad.linalg import Rows, scalar, to_dense
+from keras_natgrad.linalg import Rows, StructuredRows, scalar
 
 # Creates one named, saved optimizer variable: (name, shape, initializer).
 VariableFactory = Callable[[str, tuple[int, ...], str], keras.Variable]
@@ -150,7 +150,8 @@ class Block(abc.ABC):
         """Returns the statistics of the inputs alone.
 
         Args:
-            inputs: Tensor `[(groups,) batch, shared, rows]`, or `OneHot`.
+            inputs: Tensor `[(groups,) batch, shared, rows]`, or
+                `StructuredRows`.
             weights: Tensor `[batch]`, relative weights of the examples.
         """
 
@@ -161,7 +162,8 @@ class Block(abc.ABC):
         """Returns the statistics of one column of the loss factor.
 
         Args:
-            inputs: Tensor `[(groups,) batch, shared, rows]`, or `OneHot`.
+            inputs: Tensor `[(groups,) batch, shared, rows]`, or
+                `StructuredRows`.
             cotangents: Tensor `[(groups,) batch, shared, columns]`.
         """
 
@@ -250,10 +252,12 @@ def contract_shared(inputs: Rows, cotangents: tf.Tensor) -> tf.Tensor:
     """Returns the per-example gradients `Σ_s ā_s g_sᵀ`.
 
     Args:
-        inputs: `[(groups,) batch, shared, n]`, or `OneHot`.
+        inputs: `[(groups,) batch, shared, n]`, or `StructuredRows`.
         cotangents: `[(groups,) batch, shared, m]`.
 
     Returns:
         Tensor `[(groups,) batch, n, m]`.
     """
-    return tf.matmul(to_dense(inputs), cotangents, transpose_a=True)
+    if isinstance(inputs, StructuredRows):
+        return inputs.contract(cotangents)
+    return tf.matmul(inputs, cotangents, transpose_a=True)

@@ -6,7 +6,7 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
-from keras_natgrad.linalg import Rows, to_dense
+from keras_natgrad.linalg import Rows, position_count, to_dense
 
 
 class DiagonalCurvature(Block):
@@ -84,9 +84,8 @@ class DiagonalBlock(DiagonalCurvature):
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        dense = to_dense(inputs)
-
         def one_position() -> tf.Tensor:
+            dense = to_dense(inputs)
             return tf.matmul(
                 tf.square(dense[..., 0, :]),
                 tf.square(cotangents[..., 0, :]),
@@ -94,8 +93,8 @@ class DiagonalBlock(DiagonalCurvature):
             )
 
         def several_positions() -> tf.Tensor:
-            gradients = contract_shared(dense, cotangents)
+            gradients = contract_shared(inputs, cotangents)
             return tf.reduce_sum(tf.square(gradients), axis=-3)
 
-        single = tf.equal(tf.shape(dense)[-2], 1)
+        single = tf.equal(position_count(inputs), 1)
         return (tf.cond(single, one_position, several_positions),)

@@ -9,7 +9,12 @@ import keras
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.linalg import DampedInverse, damped_inverse
+from keras_natgrad.linalg import (
+    DampedInverse,
+    Rows,
+    StructuredRows,
+    damped_inverse,
+)
 
 
 def make_factor(
@@ -61,7 +66,7 @@ class Factor(abc.ABC):
         return math.prod(self.shape)
 
     @abc.abstractmethod
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+    def second_moment(self, vectors: Rows) -> tf.Tensor:
         """Returns the sum of outer products of `[..., batch, shared, size]`."""
 
     @abc.abstractmethod
@@ -102,7 +107,9 @@ class DenseFactor(Factor):
         return (*self.lead, self.size, self.size)
 
     @override
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+    def second_moment(self, vectors: Rows) -> tf.Tensor:
+        if isinstance(vectors, StructuredRows):
+            return vectors.second_moment()
         flat = tf.reshape(vectors, [*self.lead, -1, self.size])
         return tf.matmul(flat, flat, transpose_a=True)
 
@@ -140,7 +147,9 @@ class DiagonalFactor(Factor):
         return (*self.lead, self.size)
 
     @override
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+    def second_moment(self, vectors: Rows) -> tf.Tensor:
+        if isinstance(vectors, StructuredRows):
+            return vectors.squares()
         return tf.reduce_sum(tf.square(vectors), axis=[-3, -2])
 
     @override
@@ -177,7 +186,9 @@ class ScalarFactor(Factor):
         return self.lead
 
     @override
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+    def second_moment(self, vectors: Rows) -> tf.Tensor:
+        if isinstance(vectors, StructuredRows):
+            return tf.reduce_mean(vectors.squares(), axis=-1)
         squares = tf.reduce_sum(tf.square(vectors), axis=[-3, -2, -1])
         return squares / self.size
 

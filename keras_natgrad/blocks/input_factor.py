@@ -8,7 +8,7 @@ from typing_extensions import override
 from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.factors import DiagonalFactor, make_factor
 from keras_natgrad.blocks.kronecker import WeightSharing
-from keras_natgrad.linalg import kronecker_operator
+from keras_natgrad.linalg import Rows, kronecker_operator, to_dense
 
 
 class InputFactorBlock(Block):
@@ -105,8 +105,9 @@ class InputFactorBlock(Block):
 
     @override
     def input_statistics(
-        self, inputs: tf.Tensor, weights: tf.Tensor
+        self, inputs: Rows, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
+        inputs = to_dense(inputs)
         weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
         if self.weight_sharing is WeightSharing.REDUCE:
             inputs = tf.reduce_mean(inputs, axis=1, keepdims=True)
@@ -120,7 +121,7 @@ class InputFactorBlock(Block):
 
     @override
     def cotangent_statistics(
-        self, inputs: tf.Tensor, cotangents: tf.Tensor
+        self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         return ()
 

@@ -10,11 +10,12 @@ from typing_extensions import override
 from keras_natgrad.blocks.base import Block, BlockShape, FactorScales
 from keras_natgrad.blocks.factors import make_factor
 from keras_natgrad.linalg import (
-    OneHot,
     Rows,
     block_diagonal,
     kronecker_operator,
-    to_dense,
+    position_count,
+    position_mean,
+    scale_examples,
     trace_norm_ratio,
 )
 
@@ -118,18 +119,10 @@ class KroneckerBlock(Block):
     ) -> tuple[tf.Tensor, ...]:
         weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
         if self.weight_sharing is WeightSharing.REDUCE:
-            inputs = to_dense(inputs)
-            inputs = tf.reduce_mean(inputs, axis=-2, keepdims=True)
-        if isinstance(inputs, OneHot):
-            shared = tf.cast(tf.shape(inputs.indices)[1], inputs.dtype)
-            scaled = inputs.scale(tf.sqrt(weights / shared)[:, tf.newaxis])
-            squares = scaled.squares()
-            if isinstance(self._input, _ScalarFactor):
-                squares = tf.reduce_sum(squares) / self._input.size
-            return (squares,)
-        shared = tf.cast(tf.shape(inputs)[-2], inputs.dtype)
-        scale = tf.sqrt(weights / shared)[:, tf.newaxis, tf.newaxis]
-        return (self._input.second_moment(scale * inputs),)
+            inputs = position_mean(inputs)
+        shared = tf.cast(position_count(inputs), inputs.dtype)
+        scaled = scale_examples(inputs, tf.sqrt(weights / shared))
+        return (self._input.second_moment(scaled),)
 
     @override
     def cotangent_statistics(

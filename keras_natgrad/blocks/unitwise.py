@@ -12,7 +12,13 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
-from keras_natgrad.linalg import damped_inverses, kronecker_operator, scalar
+from keras_natgrad.linalg import (
+    Rows,
+    damped_inverses,
+    kronecker_operator,
+    scalar,
+    to_dense,
+)
 
 
 class MetricBlock(Block):
@@ -73,22 +79,24 @@ class MetricBlock(Block):
 
     @override
     def input_statistics(
-        self, inputs: tf.Tensor, weights: tf.Tensor
+        self, inputs: Rows, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         return ()
 
     @override
     def cotangent_statistics(
-        self, inputs: tf.Tensor, cotangents: tf.Tensor
+        self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
+        dense = to_dense(inputs)
+
         def one_position() -> tf.Tensor:
             moment = self.moment(cotangents[:, 0])
-            return self.metric_of(inputs[:, 0], moment)
+            return self.metric_of(dense[:, 0], moment)
 
         def several_positions() -> tf.Tensor:
-            return self.metric_of_gradients(contract_shared(inputs, cotangents))
+            return self.metric_of_gradients(contract_shared(dense, cotangents))
 
-        single = tf.equal(tf.shape(inputs)[1], 1)
+        single = tf.equal(tf.shape(dense)[1], 1)
         return (tf.cond(single, one_position, several_positions),)
 
     @abc.abstractmethod

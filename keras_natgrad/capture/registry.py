@@ -29,7 +29,7 @@ class LinearMap:
         layout: `ParameterLayout` of these variables.
         inputs: Function from the layer's input to `[batch, shared, n]`, or
             `[batch, shared, groups, n]` where the layout has groups, or a
-            `linalg.OneHot` where it says so.
+            `linalg.StructuredRows` that stands for it.
         cotangents: Function from a tensor shaped like `z` to
             `[batch, shared, (groups,) m]`, with the same shared positions.
         with_arguments: Whether `inputs` takes the keyword arguments of the

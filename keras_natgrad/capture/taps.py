@@ -17,7 +17,7 @@ from keras_natgrad.capture.registry import (
     linear_maps,
     may_support,
 )
-from keras_natgrad.linalg import OneHot, Rows
+from keras_natgrad.linalg import Rows, StructuredRows, homogeneous
 
 
 class LayerUse(NamedTuple):
@@ -113,20 +113,21 @@ class LayerRecord:
         """Returns `ā`, `[(groups,) batch, shared, rows]`.
 
         It is homogeneous if the layer has a bias. Several uses of the layer
-        count as more shared positions. One-hot inputs stay so.
+        count as more shared positions. One-hot inputs stay so, and so do the
+        patches of a layer that was used once.
         """
         layout = self.spec.layout
         if not self._uses:  # The layer took no part in this pass.
             return tf.zeros([*layout.lead, batch, 1, layout.rows], dtype)
         parts = [self._own_inputs(use) for use in self._uses]
-        if layout.one_hot:
-            return _merge_one_hot(parts, dtype, batch)
-        merged = _merge([tf.cast(part, dtype) for part in parts], batch)
-        merged = tf.stop_gradient(merged)
-        if layout.bias_shape is None:
-            return merged
-        ones = tf.ones_like(merged[..., :1])
-        return tf.concat([merged, ones], axis=-1)
+        if isinstance(parts[0], StructuredRows):
+            merged = _fold(
+                type(parts[0]).join([part.cast(dtype) for part in parts]), batch
+            )
+        else:
+            merged = _merge([tf.cast(part, dtype) for part in parts], batch)
+            merged = tf.stop_gradient(merged)
+        return merged if layout.bias_shape is None else homogeneous(merged)
 
     def canonical_cotangents(
         self,
@@ -154,9 +155,10 @@ class LayerRecord:
         return _merge(parts, batch)
 
     def _own_inputs(self, use: LayerUse) -> Rows:
+        inputs = tf.stop_gradient(use.inputs)
         if self.spec.with_arguments:
-            return self.spec.inputs(use.inputs, **use.arguments)
-        return self.spec.inputs(use.inputs)
+            return self.spec.inputs(inputs, **use.arguments)
+        return self.spec.inputs(inputs)
 
 
 def _merge(parts: Sequence[tf.Tensor], batch: tf.Tensor) -> tf.Tensor:
@@ -176,16 +178,17 @@ def _merge(parts: Sequence[tf.Tensor], batch: tf.Tensor) -> tf.Tensor:
     return merged
 
 
-def _merge_one_hot(
-    parts: Sequence[Any], dtype: Any, batch: tf.Tensor
-) -> OneHot:
-    indices = tf.concat([part.indices for part in parts], axis=1)
-    values = tf.concat([tf.cast(part.values, dtype) for part in parts], axis=1)
-    return OneHot(
-        tf.reshape(indices, [batch, -1]),
-        tf.stop_gradient(tf.reshape(values, [batch, -1])),
-        parts[0].depth,
-    )
+def _fold(rows: Rows, batch: tf.Tensor) -> Rows:
+    """Takes positions out of the batch axis, as `_merge` does.
+
+    Args:
+        rows: `[(groups,) images, shared, features]`.
+        batch: Number of examples.
+    """
+    if isinstance(rows, StructuredRows):
+        return rows.fold(batch)
+    lead, features = rows.shape[:-3], rows.shape[-1]
+    return tf.reshape(rows, [*lead, batch, -1, features])
 
 
 class Taps:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
 from keras_natgrad.curvature.cotangents import OutputTerm
-from keras_natgrad.linalg import OneHot, Rows
+from keras_natgrad.linalg import multiply, take_examples
 
 
 def jacobian_vector_products(
@@ -128,13 +128,13 @@ def estimated_gram(
         lambda: proportional_sample(backward.sizes, examples),
     )
     pairs = [
-        (_take(a, rows), tf.gather(g, rows, axis=-3))
+        (take_examples(a, rows), tf.gather(g, rows, axis=-3))
         for a, g in zip(captured.inputs, backward.cotangents, strict=True)
     ]
     projected = []
     for direction in directions:
         slopes = [
-            _sum_by_example(g * _positionwise(a, matrix))
+            _sum_by_example(g * multiply(a, matrix))
             for (a, g), matrix in zip(pairs, direction, strict=True)
         ]
         projected.append(tf.add_n(slopes))
@@ -170,25 +170,8 @@ def proportional_sample(
     return rows, weights
 
 
-def _take(vectors: Rows, examples: tf.Tensor) -> Rows:
-    if isinstance(vectors, OneHot):
-        return vectors.take(examples)
-    return tf.gather(vectors, examples, axis=-3)
-
-
 def _sum_by_example(values: tf.Tensor) -> tf.Tensor:
     """Returns the sums over all axes but the batch, the third from last."""
     if values.shape.rank == 4:
         values = tf.reduce_sum(values, axis=0)
     return tf.reduce_sum(values, axis=[1, 2])
-
-
-def _positionwise(vectors: Rows, matrix: tf.Tensor) -> tf.Tensor:
-    """Returns `[…, batch, shared, rows] × […, rows, columns]`."""
-    if isinstance(vectors, OneHot):
-        return vectors.matmul(matrix)
-    if vectors.shape.rank == 4:
-        return tf.einsum("gbsn,gnm->gbsm", vectors, matrix)
-    flat = tf.reshape(vectors, [-1, vectors.shape[-1]])
-    shape = tf.concat([tf.shape(vectors)[:-1], matrix.shape[-1:]], axis=0)
-    return tf.reshape(tf.matmul(flat, matrix), shape)

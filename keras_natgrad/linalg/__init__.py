@@ -7,7 +7,8 @@ from keras_natgrad.linalg.kronecker import (
     kronecker_operator,
     trace_norm_ratio,
 )
-from keras_natgrad.linalg.one_hot import OneHot, Rows, to_dense
+from keras_natgrad.linalg.one_hot import OneHot
+from keras_natgrad.linalg.patches import Patches
 from keras_natgrad.linalg.psd import (
     DampedInverse,
     DampedSolution,
@@ -15,24 +16,46 @@ from keras_natgrad.linalg.psd import (
     damped_solve,
     pseudo_inverse_solve,
 )
+from keras_natgrad.linalg.rows import (
+    Rows,
+    StructuredRows,
+    homogeneous,
+    multiply,
+    position_count,
+    position_mean,
+    scale_examples,
+    take_examples,
+    to_dense,
+)
 from keras_natgrad.linalg.scalars import scalar
 from keras_natgrad.linalg.signs import random_signs
+from keras_natgrad.linalg.windows import Window, padded
 
 __all__ = [
     "DampedInverse",
     "DampedInverses",
     "DampedSolution",
     "OneHot",
+    "Patches",
     "Rows",
+    "StructuredRows",
+    "Window",
     "block_diagonal",
     "damped_inverse",
     "damped_inverses",
     "damped_solve",
     "flatten_matrix",
+    "homogeneous",
     "kronecker_operator",
+    "multiply",
+    "padded",
+    "position_count",
+    "position_mean",
     "pseudo_inverse_solve",
     "random_signs",
     "scalar",
+    "scale_examples",
+    "take_examples",
     "to_dense",
     "trace_norm_ratio",
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import tensorflow as tf
+from typing_extensions import Self, override
+
+from keras_natgrad.linalg.rows import StructuredRows
 
 
-class OneHot:
+class OneHot(StructuredRows):
     """Vectors `value · e_index`, as the inputs of an embedding are.
 
     It stands for the tensor `[batch, shared, depth]` with one nonzero in each
@@ -30,22 +33,45 @@ class OneHot:
         self.depth = depth
 
     @property
+    @override
     def dtype(self) -> tf.DType:
-        """Dtype of the values."""
         return self.values.dtype
 
+    @property
+    @override
+    def shared(self) -> tf.Tensor:
+        return tf.shape(self.indices)[1]
+
+    @override
+    def cast(self, dtype: tf.DType | str) -> OneHot:
+        return OneHot(self.indices, tf.cast(self.values, dtype), self.depth)
+
+    @override
+    def fold(self, batch: tf.Tensor) -> OneHot:
+        return OneHot(
+            tf.reshape(self.indices, [batch, -1]),
+            tf.reshape(self.values, [batch, -1]),
+            self.depth,
+        )
+
+    @override
     def scale(self, factors: tf.Tensor) -> OneHot:
-        """Returns the rows times factors, broadcast to `[batch, shared]`."""
+        factors = factors[:, tf.newaxis]
         return OneHot(self.indices, self.values * factors, self.depth)
 
+    @override
     def take(self, examples: tf.Tensor) -> OneHot:
-        """Returns the rows of some examples."""
         return OneHot(
             tf.gather(self.indices, examples),
             tf.gather(self.values, examples),
             self.depth,
         )
 
+    @override
+    def second_moment(self) -> tf.Tensor:
+        return tf.linalg.diag(self.squares())
+
+    @override
     def squares(self) -> tf.Tensor:
         """Returns the diagonal of the sum of outer products, `[depth]`.
 
@@ -57,21 +83,21 @@ class OneHot:
             self.depth,
         )
 
+    @override
     def matmul(self, matrix: tf.Tensor) -> tf.Tensor:
-        """Returns the product with `[depth, m]`, `[batch, shared, m]`."""
         rows = tf.gather(matrix, self.indices)
         return self.values[..., tf.newaxis] * rows
 
+    @override
     def to_dense(self) -> tf.Tensor:
-        """Returns the tensor `[batch, shared, depth]`."""
         unit = tf.one_hot(self.indices, self.depth, dtype=self.dtype)
         return self.values[..., tf.newaxis] * unit
 
-
-#: Canonical inputs of a layer.
-Rows: TypeAlias = tf.Tensor | OneHot
-
-
-def to_dense(rows: Rows) -> tf.Tensor:
-    """Returns canonical inputs as a tensor."""
-    return rows.to_dense() if isinstance(rows, OneHot) else rows
+    @override
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> OneHot:
+        return OneHot(
+            tf.concat([part.indices for part in parts], axis=1),
+            tf.concat([part.values for part in parts], axis=1),
+            parts[0].depth,
+        )
