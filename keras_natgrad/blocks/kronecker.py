@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import abc
-import math
 from enum import Enum
 
-import keras
 import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, FactorScales
+from keras_natgrad.blocks.factors import make_factor
 from keras_natgrad.linalg import (
-    DampedInverse,
     OneHot,
     Rows,
     block_diagonal,
-    damped_inverse,
     kronecker_operator,
     to_dense,
     trace_norm_ratio,
@@ -90,8 +86,10 @@ class KroneckerBlock(Block):
                 f"Received: sides={sides!r}"
             )
         bound = 0 if shape.one_hot else max_factor_size
-        self._input = _factor(shape.lead, shape.rows, bound, sides != "output")
-        self._output = _factor(
+        self._input = make_factor(
+            shape.lead, shape.rows, bound, sides != "output"
+        )
+        self._output = make_factor(
             shape.lead, shape.columns, max_factor_size, sides != "input"
         )
 
@@ -192,166 +190,3 @@ class KroneckerBlock(Block):
         if self.shape.groups is not None:
             sides = f"{self.shape.groups} × ({sides})"
         return f"{sides}, {self.weight_sharing.value}"
-
-
-def _factor(
-    lead: tuple[int, ...], size: int, bound: int, used: bool
-) -> _Factor:
-    if not used:
-        return _ScalarFactor(lead, size)
-    if size <= bound:
-        return _DenseFactor(lead, size)
-    return _DiagonalFactor(lead, size)
-
-
-class _Factor(abc.ABC):
-    """One side of a Kronecker product: its average and its inverse.
-
-    Args:
-        lead: The axis of groups, if any: one factor for each.
-        size: Side of the factor.
-    """
-
-    average: keras.Variable
-    inverse: keras.Variable
-
-    def __init__(self, lead: tuple[int, ...], size: int) -> None:
-        self.lead = lead
-        self.size = size
-
-    @property
-    def groups(self) -> int:
-        """Number of factors."""
-        return math.prod(self.lead)
-
-    @property
-    @abc.abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the average and of the inverse."""
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @abc.abstractmethod
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        """Returns the sum of outer products of `[..., batch, shared, size]`."""
-
-    @abc.abstractmethod
-    def trace(self, average: tf.Tensor) -> tf.Tensor:
-        """Returns the trace of the factor."""
-
-    @abc.abstractmethod
-    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        """Returns the damped inverse of the factor."""
-
-    def store(self, inverse: tf.Tensor, succeeded: tf.Tensor) -> None:
-        """Keeps an inverse, if it is a good one."""
-        self.inverse.assign(tf.where(succeeded, inverse, self.inverse.value))
-
-    @abc.abstractmethod
-    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        """Returns the inverse times a matrix."""
-
-    @abc.abstractmethod
-    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        """Returns a matrix times the inverse."""
-
-    @abc.abstractmethod
-    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
-        """Returns the undamped factor as an operator."""
-
-    @abc.abstractmethod
-    def describe(self) -> str:
-        """Returns the factor in a few characters."""
-
-
-class _DenseFactor(_Factor):
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.lead, self.size, self.size)
-
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        flat = tf.reshape(vectors, [*self.lead, -1, self.size])
-        return tf.matmul(flat, flat, transpose_a=True)
-
-    def trace(self, average: tf.Tensor) -> tf.Tensor:
-        return tf.linalg.trace(average)
-
-    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return damped_inverse(average, damping)
-
-    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(self.inverse.value, matrix)
-
-    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(matrix, self.inverse.value)
-
-    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
-        return tf.linalg.LinearOperatorFullMatrix(average, is_self_adjoint=True)
-
-    def describe(self) -> str:
-        return f"{self.size}²"
-
-
-class _DiagonalFactor(_Factor):
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.lead, self.size)
-
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(tf.square(vectors), axis=[-3, -2])
-
-    def trace(self, average: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(average, axis=-1)
-
-    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return _reciprocal(average + damping[..., tf.newaxis])
-
-    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.inverse.value[..., tf.newaxis] * matrix
-
-    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return matrix * self.inverse.value[..., tf.newaxis, :]
-
-    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
-        return tf.linalg.LinearOperatorDiag(average, is_self_adjoint=True)
-
-    def describe(self) -> str:
-        return f"diag {self.size}"
-
-
-class _ScalarFactor(_Factor):
-    """A multiple of the identity with the trace of the true factor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.lead
-
-    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
-        squares = tf.reduce_sum(tf.square(vectors), axis=[-3, -2, -1])
-        return squares / self.size
-
-    def trace(self, average: tf.Tensor) -> tf.Tensor:
-        return self.size * average
-
-    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return _reciprocal(average + damping)
-
-    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.inverse.value[..., tf.newaxis, tf.newaxis] * matrix
-
-    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.apply_left(matrix)
-
-    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
-        return tf.linalg.LinearOperatorScaledIdentity(self.size, average)
-
-    def describe(self) -> str:
-        return f"scalar {self.size}"
-
-
-def _reciprocal(values: tf.Tensor) -> DampedInverse:
-    inverse = tf.math.reciprocal(values)
-    finite = tf.math.is_finite(tf.reduce_sum(inverse))
-    return DampedInverse(inverse, tf.constant(0, tf.int32), finite)

@@ -1,0 +1,212 @@
+"""The sides of a Kronecker product: dense, diagonal or scalar."""
+
+from __future__ import annotations
+
+import abc
+import math
+
+import keras
+import tensorflow as tf
+from typing_extensions import override
+
+from keras_natgrad.linalg import DampedInverse, damped_inverse
+
+
+def make_factor(
+    lead: tuple[int, ...], size: int, bound: int, used: bool = True
+) -> Factor:
+    """Creates one side of a Kronecker product.
+
+    Args:
+        lead: The axis of groups, if any.
+        size: Side of the factor.
+        bound: Largest side of a dense factor.
+        used: Whether the factor is more than a multiple of the identity.
+    """
+    if not used:
+        return ScalarFactor(lead, size)
+    if size <= bound:
+        return DenseFactor(lead, size)
+    return DiagonalFactor(lead, size)
+
+
+class Factor(abc.ABC):
+    """One side of a Kronecker product: its average and its inverse.
+
+    Args:
+        lead: The axis of groups, if any: one factor for each.
+        size: Side of the factor.
+    """
+
+    average: keras.Variable
+    inverse: keras.Variable
+
+    def __init__(self, lead: tuple[int, ...], size: int) -> None:
+        self.lead = lead
+        self.size = size
+
+    @property
+    def groups(self) -> int:
+        """Number of factors."""
+        return math.prod(self.lead)
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the average and of the inverse."""
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the average."""
+        return math.prod(self.shape)
+
+    @abc.abstractmethod
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        """Returns the sum of outer products of `[..., batch, shared, size]`."""
+
+    @abc.abstractmethod
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        """Returns the trace of the factor."""
+
+    @abc.abstractmethod
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        """Returns the damped inverse of the factor."""
+
+    def store(self, inverse: tf.Tensor, succeeded: tf.Tensor) -> None:
+        """Keeps an inverse, if it is a good one."""
+        self.inverse.assign(tf.where(succeeded, inverse, self.inverse.value))
+
+    @abc.abstractmethod
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        """Returns the inverse times a matrix."""
+
+    @abc.abstractmethod
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        """Returns a matrix times the inverse."""
+
+    @abc.abstractmethod
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        """Returns the undamped factor as an operator."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """Returns the factor in a few characters."""
+
+
+class DenseFactor(Factor):
+    """A matrix of full size, inverted by Cholesky."""
+
+    @override
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.lead, self.size, self.size)
+
+    @override
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        flat = tf.reshape(vectors, [*self.lead, -1, self.size])
+        return tf.matmul(flat, flat, transpose_a=True)
+
+    @override
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        return tf.linalg.trace(average)
+
+    @override
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        return damped_inverse(average, damping)
+
+    @override
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(self.inverse.value, matrix)
+
+    @override
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(matrix, self.inverse.value)
+
+    @override
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorFullMatrix(average, is_self_adjoint=True)
+
+    @override
+    def describe(self) -> str:
+        return f"{self.size}²"
+
+
+class DiagonalFactor(Factor):
+    """The diagonal of the factor, for long sides."""
+
+    @override
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.lead, self.size)
+
+    @override
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(tf.square(vectors), axis=[-3, -2])
+
+    @override
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(average, axis=-1)
+
+    @override
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        return _reciprocal(average + damping[..., tf.newaxis])
+
+    @override
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        return self.inverse.value[..., tf.newaxis] * matrix
+
+    @override
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        return matrix * self.inverse.value[..., tf.newaxis, :]
+
+    @override
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorDiag(average, is_self_adjoint=True)
+
+    @override
+    def describe(self) -> str:
+        return f"diag {self.size}"
+
+
+class ScalarFactor(Factor):
+    """A multiple of the identity with the trace of the true factor."""
+
+    @override
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.lead
+
+    @override
+    def second_moment(self, vectors: tf.Tensor) -> tf.Tensor:
+        squares = tf.reduce_sum(tf.square(vectors), axis=[-3, -2, -1])
+        return squares / self.size
+
+    @override
+    def trace(self, average: tf.Tensor) -> tf.Tensor:
+        return self.size * average
+
+    @override
+    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+        return _reciprocal(average + damping)
+
+    @override
+    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
+        return self.inverse.value[..., tf.newaxis, tf.newaxis] * matrix
+
+    @override
+    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
+        return self.apply_left(matrix)
+
+    @override
+    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
+        return tf.linalg.LinearOperatorScaledIdentity(self.size, average)
+
+    @override
+    def describe(self) -> str:
+        return f"scalar {self.size}"
+
+
+def _reciprocal(values: tf.Tensor) -> DampedInverse:
+    inverse = tf.math.reciprocal(values)
+    finite = tf.math.is_finite(tf.reduce_sum(inverse))
+    return DampedInverse(inverse, tf.constant(0, tf.int32), finite)
