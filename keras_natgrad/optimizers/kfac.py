@@ -214,14 +214,19 @@ class KFAC(PreconditionedOptimizer):
             refresh_growth=self.refresh.growth,
             quadratic_model=self.quadratic_model,
             norm_constraint=self.norm_constraint,
-            block=self.block_options.block,
-            weight_sharing=self.block_options.weight_sharing,
+            block=_plain(self.block_options.block),
+            weight_sharing=_plain(self.block_options.weight_sharing),
             max_factor_size=self.block_options.max_factor_size,
             fallback=self.block_options.fallback,
             log_statistics=self.log_statistics,
             seed=self.seed,
         )
         return config
+
+
+def _plain(choices: Any) -> Any:
+    """Returns a copy of choices by pattern; names stay as they are."""
+    return choices if isinstance(choices, str) else dict(choices)
 
 
 def _momentum(momentum: Any) -> float | None:
