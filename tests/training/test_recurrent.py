@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_natgrad as kng
 from tests.training.networks import assert_equal, compiled, state
 
 layers = keras.layers
@@ -23,6 +24,11 @@ BODIES = {
         layers.GlobalAveragePooling1D(),
     ],
 }
+
+
+def slow(*values):
+    """Tracing the second derivative of a loop takes its time."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def data(size=24):
@@ -46,12 +52,38 @@ def losses_of(model, steps=6):
 
 
 @pytest.mark.filterwarnings("ignore:These variables")
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("simple", "time_distributed") else slow(name)
+        for name in BODIES
+    ],
+)
 def test_trains_alike_eagerly_and_in_a_graph(name, float64):
     eager = losses_of(make(name))
     assert np.all(np.isfinite(eager)) and eager[-1] < 0.8 * eager[0]
     graph = losses_of(make(name, run_eagerly=False))
     np.testing.assert_allclose(graph, eager, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:These variables")
+@pytest.mark.parametrize("name", ["lstm", "bidirectional"])
+def test_trains(name):
+    losses = losses_of(make(name))
+    assert np.all(np.isfinite(losses)) and losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:These variables")
+def test_compiles_under_xla(float64):
+    """With the step's length given; the quadratic model compiles for long."""
+    results = [
+        losses_of(
+            make("simple", optimizer=kng.KFAC(0.1, 0.0, 0.1), **kwargs), 4
+        )
+        for kwargs in ({}, {"run_eagerly": False, "jit_compile": True})
+    ]
+    np.testing.assert_allclose(*results, rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:These variables")
@@ -105,12 +137,13 @@ def test_stateful_layer_keeps_one_state(float64):
 @pytest.mark.filterwarnings("ignore:These variables")
 def test_saved_lstm_continues_bit_for_bit(tmp_path):
     x, y = data()
-    model = make("lstm", run_eagerly=False)
+    model = make("lstm")
     model.fit(x, y, epochs=2, **FIT)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert_equal(state(loaded), state(model))
     loaded.optimizer.attach(loaded)
+    loaded.run_eagerly = True
     for each in (model, loaded):
         each.fit(x, y, epochs=2, **FIT)
     assert_equal(state(loaded), state(model))
