@@ -159,10 +159,27 @@ def is_plain(layer: keras.layers.Layer) -> bool:
     Quantised layers run `quantized_call`, and LoRA splits the kernel into
     three variables; neither has the linear map that capture expects.
     """
-    return not (
-        getattr(layer, "quantization_mode", None)
-        or getattr(layer, "lora_enabled", False)
-    )
+    return not special_computation(layer)
+
+
+def special_computation(layer: keras.layers.Layer) -> str:
+    """Returns why a layer does not compute with its own float kernel.
+
+    In a few words, or an empty string where it does.
+    """
+    mode = getattr(layer, "quantization_mode", None)
+    found = [f"quantised to {mode}"] if mode else []
+    if getattr(layer, "lora_enabled", False):
+        found.append("LoRA enabled")
+    return " and ".join(found)
+
+
+def takes_argument(layer: keras.layers.Layer, name: str) -> bool:
+    """Returns whether `layer.call` takes `"mask"` or `"training"`.
+
+    Keras looks at the signature once; afterwards `call` may be replaced.
+    """
+    return bool(getattr(layer, f"_call_has_{name}_arg"))
 
 
 def wrapped_optimizers(optimizer: Any) -> Iterator[Any]:

@@ -23,7 +23,7 @@ def fisher(
     model: keras.Model,
     x: Any,
     head: heads.Head,
-    approximation: str = "kronecker",
+    approximation: Any = "kronecker",
     kind: str = "exact",
     layer: str | None = None,
     combine: bool = False,
@@ -41,7 +41,8 @@ def fisher(
         x: Inputs of one batch.
         head: The `keras_natgrad.heads.Head` that reads the outputs.
         approximation: Block name: `"kronecker"` (or `"kfac"`), `"diagonal"`,
-            `"full"`, or a registered one.
+            `"full"`, or a registered one; or a dictionary of patterns and
+            names, as the `block` of `KFAC`.
         kind: How the Fisher is estimated: `"exact"`, `"propagated"` or
             `"sampled"`.
         layer: Path (or last part of it) of one layer, to return its operator
@@ -83,7 +84,11 @@ def fisher(
     curvature = BlockDiagonal(
         plan,
         [tuple(variable.shape) for variable in variables],
-        BlockOptions(block=approximation, weight_sharing=weight_sharing),
+        BlockOptions(
+            block=approximation,
+            weight_sharing=weight_sharing,
+            fallback="diagonal",
+        ),
     )
     wide = any(variable.dtype == "float64" for variable in variables)
     dtype = "float64" if wide else "float32"

@@ -309,3 +309,23 @@ def test_layer_graph_of_a_subclassed_model():
         pass
 
     assert _compat.layer_graph(Net()) is None
+
+
+def test_special_computation():
+    layer = layers.Dense(3)
+    layer.build((None, 4))
+    assert _compat.special_computation(layer) == ""
+    layer.enable_lora(2)
+    assert _compat.special_computation(layer) == "LoRA enabled"
+    layer.quantize("int8")
+    expected = "quantised to int8 and LoRA enabled"
+    assert _compat.special_computation(layer) == expected
+    assert not _compat.is_plain(layer)
+
+
+def test_takes_argument():
+    relu, dropout, lstm = layers.ReLU(), layers.Dropout(0.1), layers.LSTM(2)
+    assert not _compat.takes_argument(relu, "training")
+    assert _compat.takes_argument(dropout, "training")
+    assert not _compat.takes_argument(dropout, "mask")
+    assert _compat.takes_argument(lstm, "mask")

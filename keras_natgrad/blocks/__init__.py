@@ -3,11 +3,13 @@
 from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalBlock
 from keras_natgrad.blocks.fallback import (
+    GradientBlock,
     GradientDiagonalBlock,
     GradientScalarBlock,
     PlainGradientBlock,
 )
 from keras_natgrad.blocks.full import FullBlock
+from keras_natgrad.blocks.gradient_kronecker import GradientKroneckerBlock
 from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock, WeightSharing
@@ -24,7 +26,9 @@ __all__ = [
     "CoupledBlock",
     "DiagonalBlock",
     "FullBlock",
+    "GradientBlock",
     "GradientDiagonalBlock",
+    "GradientKroneckerBlock",
     "GradientScalarBlock",
     "IdentityBlock",
     "InputFactorBlock",

@@ -18,7 +18,7 @@ from keras_natgrad.linalg import (
 
 
 def make_factor(
-    lead: tuple[int, ...], size: int, bound: int, used: bool
+    lead: tuple[int, ...], size: int, bound: int, used: bool = True
 ) -> Factor:
     """Returns a dense, a diagonal or, where it is not used, a scalar factor.
 

@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+import abc
+import math
+
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalCurvature
 from keras_natgrad.linalg import Rows
 
 
-class GradientDiagonalBlock(DiagonalCurvature):
+class GradientBlock(Block):
+    """A block that needs nothing of its layer but batch gradients.
+
+    With cotangents of independent random sign per example, the products of
+    two entries of the batch gradient `Σ_n ± J_nᵀ u_n` average to those of
+    `Σ_n (J_nᵀ u_n)(J_nᵀ u_n)ᵀ`, the Fisher, because the cross terms cancel:
+    `E[vec g vec gᵀ] = F`.
+
+    Args:
+        shape: `BlockShape`, see `view`.
+    """
+
+    @classmethod
+    def view(cls, shape: tuple[int, ...]) -> BlockShape:
+        """Returns the matrix that a variable of this shape counts as."""
+        return BlockShape(math.prod(shape), 1)
+
+    @override
+    def input_statistics(
+        self, inputs: Rows, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        return ()
+
+    @override
+    def cotangent_statistics(
+        self, inputs: Rows, cotangents: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        raise TypeError(f"{type(self).__name__} takes gradient_statistics.")
+
+    @abc.abstractmethod
+    def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Returns the statistics of one `[rows, columns]` batch gradient."""
+
+
+class GradientDiagonalBlock(GradientBlock, DiagonalCurvature):
     """The Fisher's diagonal from gradients summed over the batch.
 
-    With cotangents of independent random sign per example, the square of the
-    batch gradient `Σ_n ± J_nᵀ u_n` averages to `Σ_n (J_nᵀ u_n)²`, the
-    diagonal, because the cross terms cancel. It needs nothing of the layer
-    but its gradient, and is noisier than `DiagonalBlock`.
-
-    The block takes the gradient as its only statistic; the variable counts as
-    a `[size, 1]` matrix.
+    The square of a batch gradient with random signs averages to the diagonal.
+    It is noisier than `DiagonalBlock`. The variable counts as a `[size, 1]`
+    matrix.
 
     Args:
         shape: `BlockShape`.
@@ -28,13 +61,7 @@ class GradientDiagonalBlock(DiagonalCurvature):
     kind = "gradient_diagonal"
 
     @override
-    def cotangent_statistics(
-        self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        raise TypeError(f"{type(self).__name__} takes gradient_statistics.")
-
     def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Returns the squared `[rows, columns]` gradient."""
         return (tf.square(gradient),)
 
 

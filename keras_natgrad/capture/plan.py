@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 
-from keras_natgrad._compat import flatten_layers
+from keras_natgrad._compat import flatten_layers, special_computation
 from keras_natgrad.capture.layout import ParameterLayout
+from keras_natgrad.capture.loops import unreachable_layers
 from keras_natgrad.capture.ownership import owners_of_variables, why_not_owned
+from keras_natgrad.capture.patterns import (
+    LayerLabel,
+    check_patterns,
+    class_names,
+    matches,
+    pattern_name,
+)
 from keras_natgrad.capture.registry import linear_maps
 
 
@@ -24,6 +32,7 @@ class LayerPlan:
         variables: Positions of (kernel[, bias]) in the variable list.
         layout: Their `ParameterLayout`.
         block: Name of the block that suits the layer, or `None`.
+        bases: Names of the bases of the layer's class.
     """
 
     path: str
@@ -31,6 +40,12 @@ class LayerPlan:
     variables: tuple[int, ...]
     layout: ParameterLayout
     block: str | None = None
+    bases: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> LayerLabel:
+        """What patterns are compared with."""
+        return LayerLabel(self.path, (self.layer_class, *self.bases))
 
     def get_config(self) -> dict[str, Any]:
         """Returns plain data for an optimizer's config."""
@@ -40,6 +55,7 @@ class LayerPlan:
             "variables": list(self.variables),
             "layout": self.layout.get_config(),
             "block": self.block,
+            "bases": list(self.bases),
         }
 
     @classmethod
@@ -51,6 +67,7 @@ class LayerPlan:
             variables=tuple(config["variables"]),
             layout=ParameterLayout.from_config(config["layout"]),
             block=config.get("block"),
+            bases=tuple(config.get("bases", ())),
         )
 
 
@@ -109,47 +126,91 @@ class Plan:
 
 
 def make_plan(
-    model: keras.Model, variables: Sequence[Any], exclude: Sequence[str] = ()
+    model: keras.Model, variables: Sequence[Any], exclude: Sequence[Any] = ()
 ) -> Plan:
     """Plans the capture of a built model.
 
     Args:
         model: A built `keras.Model`.
         variables: The variables that the optimizer trains, in its order.
-        exclude: Names or paths of layers that are not to be captured.
+        exclude: Names, paths, globs or classes of layers that are not to be
+            captured.
 
     Returns:
         The `Plan`. A layer is captured when all variables of its linear map
         are among `variables`; whatever no captured layer owns falls back, as
         does a variable that several layers own.
+
+    Raises:
+        ValueError: If a pattern of `exclude` matches no layer.
     """
     positions = {id(variable): i for i, variable in enumerate(variables)}
+    patterns = [pattern_name(pattern, "exclude") for pattern in exclude]
+    found = flatten_layers(model)
+    labels = [LayerLabel.of(layer) for layer in found]
+    check_patterns(patterns, labels, "exclude")
+    unreachable = unreachable_layers(model)
     layers: list[LayerPlan] = []
     owners = owners_of_variables(model)
-    for layer in flatten_layers(model):
-        if layer.name in exclude or layer.path in exclude:
-            continue
-        for spec in linear_maps(layer):
-            found = tuple(positions.get(id(v), -1) for v in spec.variables)
-            if min(found) < 0:  # Frozen, or trained by another optimizer.
-                continue
-            if any(len(owners.get(id(v), ())) > 1 for v in spec.variables):
-                continue
-            layers.append(
-                LayerPlan(
-                    path=layer.path,
-                    layer_class=type(layer).__name__,
-                    variables=found,
-                    layout=spec.layout,
-                    block=spec.block,
-                )
-            )
+    excluded = {
+        id(layer)
+        for layer, label in zip(found, labels, strict=True)
+        if any(matches(pattern, label) for pattern in patterns)
+    }
+    for layer in found:
+        if id(layer) not in excluded | set(unreachable):
+            layers += _plan_layer(layer, positions, owners)
+
+    def why(users: list[keras.layers.Layer]) -> str:
+        if len(users) != 1:
+            return why_not_owned(users)
+        (layer,) = users
+        return _reason(layer, id(layer) in excluded, unreachable.get(id(layer)))
+
     owned = {i for layer in layers for i in layer.variables}
     fallback = tuple(i for i in range(len(variables)) if i not in owned)
-    reasons = tuple(
-        why_not_owned(owners.get(id(variables[i]), [])) for i in fallback
-    )
+    reasons = tuple(why(owners.get(id(variables[i]), [])) for i in fallback)
     return Plan(tuple(layers), fallback, reasons)
+
+
+def _plan_layer(
+    layer: keras.layers.Layer,
+    positions: dict[int, int],
+    owners: Mapping[int, Sequence[keras.layers.Layer]],
+) -> list[LayerPlan]:
+    plans = []
+    for spec in linear_maps(layer):
+        variables = tuple(positions.get(id(v), -1) for v in spec.variables)
+        if min(variables) < 0:  # Frozen, or trained by another optimizer.
+            continue
+        if any(len(owners.get(id(v), ())) > 1 for v in spec.variables):
+            continue
+        plans.append(
+            LayerPlan(
+                path=layer.path,
+                layer_class=type(layer).__name__,
+                variables=variables,
+                layout=spec.layout,
+                block=spec.block,
+                bases=class_names(layer)[1:],
+            )
+        )
+    return plans
+
+
+def _reason(
+    layer: keras.layers.Layer, excluded: bool, unreachable: str | None
+) -> str:
+    """Returns why variables of a layer are not captured, if they are not."""
+    name = type(layer).__name__
+    if excluded:
+        return f"{name}: excluded"
+    special = special_computation(layer)
+    if special:
+        return f"{name}: {special}"
+    if unreachable is not None:
+        return unreachable
+    return why_not_owned([layer])
 
 
 def match_layers(

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad._compat import is_scratch_graph
+from keras_natgrad.capture.loops import folded_call
 from keras_natgrad.capture.registry import (
     LinearMap,
     linear_maps,
@@ -199,6 +200,9 @@ class Taps:
     `layer.activation`; leaving the context takes it off again. Nothing is
     kept on the layer, its class or its config.
 
+    A `TimeDistributed` layer around supported layers is called on all time
+    steps at once, see `capture.loops`.
+
     A model that is called inside a graph Keras throws away (while building)
     leaves tensors of that graph; only records of the current graph are kept.
 
@@ -217,6 +221,11 @@ class Taps:
 
     def __init__(self, layers: Sequence[keras.layers.Layer]) -> None:
         self._layers = [layer for layer in layers if may_support(layer)]
+        self._folded = [
+            layer
+            for layer in layers
+            if isinstance(layer, keras.layers.TimeDistributed)
+        ]
         self._records: dict[int, LayerUses] = {}
 
     def record(self, layer: keras.layers.Layer, index: int = 0) -> LayerRecord:
@@ -230,6 +239,8 @@ class Taps:
             self._records[id(layer)] = record
             # Bypasses Keras's attribute tracking: this is not state.
             object.__setattr__(layer, "call", _tapped(layer, record))
+        for layer in self._folded:
+            object.__setattr__(layer, "call", folded_call(layer))
         return self
 
     def __exit__(
@@ -238,7 +249,7 @@ class Taps:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for layer in self._layers:
+        for layer in [*self._layers, *self._folded]:
             object.__delattr__(layer, "call")
         for record in self._records.values():
             _drop_foreign(record)

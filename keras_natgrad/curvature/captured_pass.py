@@ -20,8 +20,8 @@ class Backward:
     Attributes:
         cotangents: Per captured entry, `g` of `[(groups,) batch, shared,
             columns]`.
-        gradients: Per fallback entry, the `[size, 1]` gradient summed over
-            the batch.
+        gradients: Per fallback entry, the `[rows, columns]` gradient summed
+            over the batch.
         sizes: Squared norms of the cotangents sent back, one per example,
             `[batch]`: each one's part in the trace of the output Fisher.
     """
@@ -78,14 +78,14 @@ class CapturedPass:
                 self.captured, self.records, gradients, strict=True
             )
         ]
-        flat = []
+        matrices = []
         for entry, variable, gradient in zip(
             self.fallbacks, rest, rest_gradients, strict=True
         ):
             if gradient is None:
                 gradient = tf.zeros_like(variable)
-            dense = tf.convert_to_tensor(gradient)
-            flat.append(tf.reshape(tf.cast(dense, entry.block.dtype), [-1, 1]))
+            dense = tf.cast(tf.convert_to_tensor(gradient), entry.block.dtype)
+            matrices.append(tf.reshape(dense, entry.block.shape.matrix))
         sizes = tf.add_n(
             [
                 tf.reduce_sum(
@@ -94,4 +94,4 @@ class CapturedPass:
                 for cotangent in cotangents
             ]
         )
-        return Backward(canonical, flat, sizes)
+        return Backward(canonical, matrices, sizes)

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
 from keras_natgrad.blocks import (
     Block,
     BlockShape,
+    GradientBlock,
     GradientDiagonalBlock,
+    GradientKroneckerBlock,
     GradientScalarBlock,
     PlainGradientBlock,
+    check_kind,
     create,
 )
 from keras_natgrad.capture import LayerPlan, Plan
+from keras_natgrad.capture.patterns import (
+    check_patterns,
+    first_match,
+    pattern_name,
+)
 
-_FALLBACKS = {
+_FALLBACKS: dict[str, type[GradientBlock]] = {
+    "kronecker": GradientKroneckerBlock,
     "diagonal": GradientDiagonalBlock,
     "first_order": GradientScalarBlock,
     "plain": PlainGradientBlock,
 }
+_SHARING = ("expand", "reduce")
+# One name for all layers, or one per pattern.
+Choices: TypeAlias = str | Mapping[Any, str]
 
 
 @dataclass(frozen=True)
@@ -31,10 +42,15 @@ class BlockOptions:
     """Which block each layer gets.
 
     Attributes:
-        block: Block name for captured layers.
-        weight_sharing: `"expand"` or `"reduce"`, for Kronecker factors.
+        block: Block name for captured layers, or a dictionary of patterns
+            (see `capture.patterns`) and names. The first pattern that matches
+            counts; layers without one get the default.
+        weight_sharing: `"expand"` or `"reduce"`, for Kronecker factors, or a
+            dictionary likewise.
         max_factor_size: Largest side of a dense Kronecker factor.
-        fallback: `"diagonal"`, `"first_order"` or `"plain"`, for the rest.
+        fallback: Block of the rest: `"kronecker"`, `"diagonal"`,
+            `"first_order"`, `"plain"` (undamped), or `"auto"`: Kronecker for
+            matrices and kernels, diagonal for vectors and scalars.
         damping_split: `"layer"` or `"global"`, how Kronecker factors share
             the damping.
         damp_bias: Whether an input factor damps the bias too.
@@ -42,18 +58,34 @@ class BlockOptions:
             its mean eigenvalues.
     """
 
-    block: str = "kronecker"
-    weight_sharing: str = "expand"
+    block: Choices = "kronecker"
+    weight_sharing: Choices = "expand"
     max_factor_size: int = 4096
-    fallback: str = "diagonal"
+    fallback: str = "auto"
     damping_split: str = "layer"
     damp_bias: bool = True
     relative_damping: bool = False
 
     def __post_init__(self) -> None:
-        if self.fallback not in _FALLBACKS:
+        for argument in ("block", "weight_sharing"):
+            choices = getattr(self, argument)
+            if isinstance(choices, Mapping):
+                named = {
+                    pattern_name(pattern, argument): value
+                    for pattern, value in choices.items()
+                }
+                object.__setattr__(self, argument, named)
+        for kind in _values(self.block):
+            check_kind(kind)
+        for sharing in _values(self.weight_sharing):
+            if sharing not in _SHARING:
+                raise ValueError(
+                    "`weight_sharing` must be 'expand' or 'reduce'. "
+                    f"Received: weight_sharing={sharing!r}"
+                )
+        if self.fallback not in (*_FALLBACKS, "auto"):
             raise ValueError(
-                f"`fallback` must be one of {sorted(_FALLBACKS)}. "
+                f"`fallback` must be one of {sorted((*_FALLBACKS, 'auto'))}. "
                 f"Received: fallback={self.fallback!r}"
             )
         if self.damping_split not in ("layer", "global"):
@@ -61,16 +93,40 @@ class BlockOptions:
                 "`damping_split` must be 'layer' or 'global'. "
                 f"Received: damping_split={self.damping_split!r}"
             )
-        if self.weight_sharing not in ("expand", "reduce"):
-            raise ValueError(
-                "`weight_sharing` must be 'expand' or 'reduce'. "
-                f"Received: weight_sharing={self.weight_sharing!r}"
-            )
         if self.max_factor_size < 1:
             raise ValueError(
                 "`max_factor_size` must be a positive integer. "
                 f"Received: max_factor_size={self.max_factor_size!r}"
             )
+
+    def block_of(self, layer: LayerPlan) -> str:
+        """Returns a layer's block: chosen, its own, or the default."""
+        default = BlockOptions.block
+        assert isinstance(default, str)
+        if isinstance(self.block, Mapping):
+            chosen = first_match(self.block, layer.label)
+            return chosen or layer.block or default
+        if self.block == default:
+            return layer.block or default
+        return self.block
+
+    def sharing_of(self, layer: LayerPlan) -> str:
+        """Returns a layer's weight sharing: chosen, or the default."""
+        if isinstance(self.weight_sharing, Mapping):
+            return first_match(self.weight_sharing, layer.label) or _SHARING[0]
+        return self.weight_sharing
+
+    def check(self, plan: Plan) -> None:
+        """Raises ValueError if a pattern matches no captured layer."""
+        labels = [layer.label for layer in plan.layers]
+        for argument in ("block", "weight_sharing"):
+            choices = getattr(self, argument)
+            if isinstance(choices, Mapping):
+                check_patterns(choices, labels, argument)
+
+
+def _values(choices: Choices) -> list[str]:
+    return list(choices.values()) if isinstance(choices, Mapping) else [choices]
 
 
 @dataclass(frozen=True)
@@ -96,7 +152,7 @@ class Entry:
             for i in self.variables
         ]
         if self.layer is None:
-            return tf.reshape(own[0], [-1, 1])
+            return tf.reshape(own[0], self.block.shape.matrix)
         return self.layer.layout.to_matrix(own)
 
     def from_matrix(self, matrix: tf.Tensor) -> list[tf.Tensor]:
@@ -110,10 +166,11 @@ def make_entries(
     plan: Plan, shapes: Sequence[tuple[int, ...]], options: BlockOptions
 ) -> list[Entry]:
     """Returns the captured layers' entries, then those of the fallbacks."""
+    options.check(plan)
     entries = []
     for layer in plan.layers:
         block = create(
-            _kind(layer, options),
+            options.block_of(layer),
             BlockShape(
                 layer.layout.rows,
                 layer.layout.columns,
@@ -121,7 +178,7 @@ def make_entries(
                 one_hot=layer.layout.one_hot,
                 biased=layer.layout.bias_shape is not None,
             ),
-            weight_sharing=options.weight_sharing,
+            weight_sharing=options.sharing_of(layer),
             max_factor_size=options.max_factor_size,
             damp_bias=options.damp_bias,
             relative_damping=options.relative_damping,
@@ -129,13 +186,16 @@ def make_entries(
         entries.append(Entry(block, layer.variables, layer))
     for index in plan.fallback:
         shape = tuple(shapes[index])
-        fallback = _FALLBACKS[options.fallback](BlockShape(math.prod(shape), 1))
-        entries.append(Entry(fallback, (index,), None, shape))
+        entries.append(Entry(_fallback(shape, options), (index,), None, shape))
     return entries
 
 
-def _kind(layer: LayerPlan, options: BlockOptions) -> str:
-    """Returns the chosen block, or the layer's own where none was chosen."""
-    if options.block == BlockOptions.block and layer.block is not None:
-        return layer.block
-    return options.block
+def _fallback(shape: tuple[int, ...], options: BlockOptions) -> Block:
+    kind = options.fallback
+    if len(shape) < 2 and kind in ("auto", "kronecker"):
+        kind = "diagonal"
+    block_class = _FALLBACKS["kronecker" if kind == "auto" else kind]
+    matrix = block_class.view(shape)
+    if block_class is GradientKroneckerBlock:
+        return GradientKroneckerBlock(matrix, options.max_factor_size)
+    return block_class(matrix)

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.blocks import GradientDiagonalBlock
+from keras_natgrad.blocks import GradientBlock
 from keras_natgrad.blocks.base import VariableFactory
 from keras_natgrad.capture import Plan
 from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
@@ -132,7 +132,7 @@ class BlockDiagonal:
             captured.fallbacks, backward.gradients, strict=True
         ):
             block = entry.block
-            assert isinstance(block, GradientDiagonalBlock)
+            assert isinstance(block, GradientBlock)
             statistics.append(block.gradient_statistics(gradient))
         return statistics
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,13 @@ from keras_natgrad.capture import (
     make_plan,
     match_layers,
 )
+from keras_natgrad.capture.patterns import pattern_name
 from keras_natgrad.curvature import Backward, CapturedPass, OutputTerm
+from keras_natgrad.optimizers.coverage import (
+    check_batched,
+    check_reached,
+    warn_of_plan,
+)
 from keras_natgrad.training import install
 from keras_natgrad.training.choices import (
     Choice,
@@ -105,7 +110,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         self,
         model: keras.Model,
         head: Any = None,
-        exclude: Sequence[str] = (),
+        exclude: Sequence[Any] = (),
     ) -> Any:
         """Attaches the optimizer to the model that it trains.
 
@@ -119,15 +124,17 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                 the outputs parametrise, or a list or dictionary of heads
                 like the outputs. Needed in custom training loops, and for
                 an exact Fisher where the compiled loss has no head.
-            exclude: Names or paths of layers that are not to be captured;
-                their variables get the fallback block.
+            exclude: Names, paths, globs (`"*/attention/*"`) or classes of
+                layers that are not to be captured; their variables get the
+                fallback block.
 
         Returns:
             The optimizer itself.
 
         Raises:
             ValueError: If `model` is no Keras model, or not the one that the
-                optimizer's state was built for.
+                optimizer's state was built for, or if `exclude` is no list
+                of patterns.
 
         Example:
 
@@ -141,6 +148,12 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                 "`attach` takes a keras.Model. "
                 f"Received: model={model!r} of type {type(model).__name__}"
             )
+        if isinstance(exclude, (str, type)):
+            raise ValueError(
+                f"`exclude` must be a list. Received: exclude={exclude!r}"
+            )
+        for pattern in exclude:
+            pattern_name(pattern, "exclude")
         if self._curvature_built:
             match_layers(self._plan, model, _compat.optimizer_variables(self))
         self._hide("_model_reference", weakref.ref(model))
@@ -224,7 +237,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
 
     def warn_of_plan(self, plan: Plan, variables: Sequence[Any]) -> None:
         """Warns of the variables that get a fallback block."""
-        _warn_of_fallbacks(plan, variables)
+        warn_of_plan(plan, variables)
 
     def add_curvature_variable(
         self, name: str, shape: tuple[int, ...], initializer: str
@@ -276,8 +289,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         # A loss may be infinite where its gradient is not.
         usable &= tf.reduce_all(tf.math.is_finite(tape.loss))
         records = [tape.taps.record(layer, index) for layer, index in layers]
-        _check_reached(records)
-        _check_batched(records, terms[0].outputs.shape[0])
+        check_reached(records)
+        check_batched(records, terms[0].outputs.shape[0])
         observation = Observation(tape, terms, records, usable)
         observation.surged = self.has_surged(observation)
         self.observe(observation)
@@ -390,40 +403,3 @@ def _values(gradient: Any) -> tf.Tensor:
     if isinstance(gradient, tf.IndexedSlices):
         return gradient.values
     return gradient
-
-
-def _check_reached(records: Sequence[LayerRecord]) -> None:
-    lost = [record.layer.name for record in records if record.lost]
-    if lost:
-        raise ValueError(
-            "These layers run inside a loop or a tf.function of their own, "
-            f"where their curvature cannot be reached: {lost}. Leave them out "
-            f"with `optimizer.attach(model, exclude={lost})`; they then get "
-            "the fallback block."
-        )
-
-
-def _check_batched(records: Sequence[LayerRecord], batch: int | None) -> None:
-    names = [r.layer.name for r in records if r.lacks_batch(batch)]
-    if names:
-        raise ValueError(
-            "These layers are called on inputs without the batch axis, where "
-            f"the examples cannot be told apart: {names}. Leave them out with "
-            f"`optimizer.attach(model, exclude={names})`; they then get the "
-            "fallback block."
-        )
-
-
-def _warn_of_fallbacks(plan: Plan, variables: Sequence[Any]) -> None:
-    if not plan.fallback:
-        return
-    names = ", ".join(
-        f"{variables[index].path} ({reason})"
-        for index, reason in zip(plan.fallback, plan.reasons, strict=True)
-    )
-    warnings.warn(
-        "These variables have no captured linear map and get the fallback "
-        f"block: {names}. Teach the optimizer their layers with "
-        "`keras_natgrad.register_layer`.",
-        stacklevel=4,
-    )

@@ -7,7 +7,6 @@ from typing import Any
 import keras
 from typing_extensions import override
 
-from keras_natgrad.blocks import check_kind
 from keras_natgrad.curvature import FISHER_KINDS, BlockOptions
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import (
@@ -75,13 +74,18 @@ class KFAC(PreconditionedOptimizer):
         norm_constraint: Largest `δᵀFδ` of an update, or `None`.
         block: Block of captured layers: `"kronecker"`, `"diagonal"`,
             `"full"`, `"input_factor"`, or a name given to
-            `keras_natgrad.register_block`.
+            `keras_natgrad.register_block`. Or a dictionary `{pattern: name}`:
+            a pattern is a layer's name or path, a glob (`"conv*"`,
+            `"*/attention/*"`) or a layer class, the first
+            that matches counts, and layers without one keep the default.
         weight_sharing: `"expand"` or `"reduce"`, for layers that are applied
-            at several positions.
+            at several positions, or a dictionary likewise.
         max_factor_size: A Kronecker factor with a longer side is kept as its
             diagonal. Defaults to `4096`.
         fallback: Block of variables that no captured layer owns:
-            `"diagonal"`, `"first_order"` or `"plain"` (undamped).
+            `"kronecker"`, `"diagonal"`, `"first_order"`, `"plain"` (undamped)
+            or `"auto"`, which is Kronecker for matrices and kernels and
+            diagonal for the rest. Defaults to `"auto"`.
         log_statistics: Whether `fit` logs `statistics` beside the metrics.
         seed: Seed of the random cotangents.
         weight_decay: See `keras.optimizers.Optimizer`, as for all that
@@ -128,10 +132,10 @@ class KFAC(PreconditionedOptimizer):
         refresh_growth: float | None = 0.15,
         quadratic_model: str = "estimated",
         norm_constraint: float | None = None,
-        block: str = "kronecker",
-        weight_sharing: str = "expand",
+        block: Any = "kronecker",
+        weight_sharing: Any = "expand",
         max_factor_size: int = 4096,
-        fallback: str = "diagonal",
+        fallback: str = "auto",
         log_statistics: bool = False,
         seed: int = 0,
         name: str = "kfac",
@@ -179,7 +183,6 @@ class KFAC(PreconditionedOptimizer):
         if norm_constraint is not None:
             check_positive("norm_constraint", norm_constraint)
         self.norm_constraint = norm_constraint
-        check_kind(block)
         self._hide(
             "block_options",
             BlockOptions(
@@ -222,14 +225,19 @@ class KFAC(PreconditionedOptimizer):
             refresh_growth=self.refresh.growth,
             quadratic_model=self.quadratic_model,
             norm_constraint=self.norm_constraint,
-            block=self.block_options.block,
-            weight_sharing=self.block_options.weight_sharing,
+            block=_plain(self.block_options.block),
+            weight_sharing=_plain(self.block_options.weight_sharing),
             max_factor_size=self.block_options.max_factor_size,
             fallback=self.block_options.fallback,
             log_statistics=self.log_statistics,
             seed=self.seed,
         )
         return config
+
+
+def _plain(choices: Any) -> Any:
+    """Returns a copy of choices by pattern; names stay as they are."""
+    return choices if isinstance(choices, str) else dict(choices)
 
 
 def _length(automatic: bool, momentum: Any) -> StepLength:

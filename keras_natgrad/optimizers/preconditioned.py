@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from keras_natgrad import _compat
 from keras_natgrad.capture import Plan
+from keras_natgrad.capture.positions import known_positions
 from keras_natgrad.curvature import (
     BlockDiagonal,
     BlockOptions,
@@ -118,9 +119,13 @@ class PreconditionedOptimizer(RetractingOptimizer):
         return BlockDiagonal(plan, shapes, self.block_options)
 
     def summary(self, print_fn: Any = None) -> None:
-        """Prints what each layer got: block, shapes, memory, approximation.
+        """Prints what each layer got, and why others fall back.
 
-        For a compiled model, a line per output says how its Fisher is found.
+        A row has the block, the shape of the parameters, the positions at
+        which one call applies them (if known), the approximation and its
+        memory. For a compiled model, a line per output says how its Fisher is
+        found. The last line says what share of the parameters is
+        preconditioned.
 
         Args:
             print_fn: Function that prints one string. Defaults to `print`.
@@ -128,7 +133,12 @@ class PreconditionedOptimizer(RetractingOptimizer):
         if not self._curvature_built:
             self.build(self.attached_model().trainable_variables)
         variables = _compat.optimizer_variables(self)
-        text = render_table(self.curvature, variables, self.loss_rows())
+        positions = known_positions(
+            self._plan, self.attached_model(), variables
+        )
+        text = render_table(
+            self.curvature, variables, self.loss_rows(), positions
+        )
         (print_fn or print)(text)
 
     # -- One step --------------------------------------------------------

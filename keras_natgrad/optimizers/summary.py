@@ -8,45 +8,61 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from keras_natgrad.blocks import Block
 from keras_natgrad.curvature import BlockDiagonal
 from keras_natgrad.solvers import Solver
 
-_COLUMNS = ("Layer", "Block", "Shape", "Approximation", "Memory")
+_COLUMNS = (
+    "Layer",
+    "Block",
+    "Shape",
+    "Positions",
+    "Approximation",
+    "Memory",
+)
+_WIDTH = 120
+# Blocks that leave the gradient's direction as it is.
+_FIRST_ORDER = ("first_order", "identity")
 
 
 def table_rows(
-    curvature: BlockDiagonal, variables: Sequence[Any]
-) -> list[tuple[str, str, str, str, str]]:
+    curvature: BlockDiagonal,
+    variables: Sequence[Any],
+    positions: Sequence[int | None] = (),
+) -> list[tuple[str, ...]]:
     """Returns one row of text per block.
 
     Args:
         curvature: The blocks.
         variables: The optimizer's variables.
+        positions: Per captured layer, how often a call applies its matrix,
+            as far as that is known.
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     reasons = dict(
         zip(curvature.plan.fallback, curvature.plan.reasons, strict=True)
     )
-    for entry in curvature.entries:
-        shape = entry.block.shape
+    missing = len(curvature.entries) - len(positions)
+    for entry, shared in zip(
+        curvature.entries, [*positions, *[None] * missing], strict=True
+    ):
+        approximation = entry.block.describe()
         if entry.layer is not None:
             name = f"{entry.layer.path} ({entry.layer.layer_class})"
-            approximation = entry.block.describe()
         else:
             index = entry.variables[0]
             name = variables[index].path
-            approximation = f"fallback: {reasons[index]}"
-        memory = entry.block.memory * (
-            8 if entry.block.dtype == "float64" else 4
-        )
+            approximation += f"; fallback: {reasons[index]}"
         rows.append(
             (
                 name,
                 entry.block.kind,
-                " × ".join(map(str, shape.matrix)),
+                " × ".join(map(str, entry.block.shape.matrix)),
+                "" if shared is None else str(shared),
                 approximation,
-                _readable(memory),
+                _readable(_bytes(entry.block)),
             )
         )
     return rows
@@ -56,6 +72,7 @@ def render_table(
     curvature: BlockDiagonal,
     variables: Sequence[Any],
     losses: Sequence[tuple[str, str, str]] = (),
+    positions: Sequence[int | None] = (),
 ) -> str:
     """Returns the table as text, with heads and totals in the last lines.
 
@@ -63,27 +80,41 @@ def render_table(
         curvature: The blocks.
         variables: The optimizer's variables.
         losses: Output, head and how its Fisher is found, per loss.
+        positions: See `table_rows`.
     """
     table = Table(title="Curvature blocks")
     for column in _COLUMNS:
         table.add_column(column, overflow="fold")
-    for row in table_rows(curvature, variables):
-        table.add_row(*row)
-    covered = sum(entry.block.shape.size for entry in curvature.captured)
-    memory = sum(
-        entry.block.memory * (8 if entry.block.dtype == "float64" else 4)
-        for entry in curvature.entries
-    )
+    for row in table_rows(curvature, variables, positions):
+        table.add_row(*map(Text, row))
     stream = io.StringIO()
-    console = Console(file=stream, width=100)
+    console = Console(file=stream, width=_WIDTH)
     console.print(table)
     _print_losses(console, losses)
-    console.print(
-        f"Parameters in captured layers: {covered:,} of {curvature.size:,} "
-        f"({covered / curvature.size:.1%})"
-    )
+    memory = sum(_bytes(entry.block) for entry in curvature.entries)
     console.print(f"Curvature memory: {_readable(memory)}")
+    console.print(coverage(curvature), soft_wrap=True)
     return stream.getvalue()
+
+
+def coverage(curvature: BlockDiagonal) -> str:
+    """Returns what share of the parameters is preconditioned, and how."""
+    captured = fallback = 0
+    for entry in curvature.entries:
+        if entry.block.kind in _FIRST_ORDER:
+            continue
+        if entry.layer is None:
+            fallback += entry.block.shape.size
+        else:
+            captured += entry.block.shape.size
+    total = curvature.size
+    first_order = total - captured - fallback
+    return (
+        f"Parameters preconditioned: {captured + fallback:,} of {total:,} "
+        f"({(captured + fallback) / total:.1%}): captured "
+        f"{captured / total:.1%}, fallback with curvature "
+        f"{fallback / total:.1%}; first order {first_order / total:.1%}"
+    )
 
 
 def render_solver(
@@ -115,7 +146,7 @@ def render_solver(
             "layer-wise contraction" if captured else "Jacobian of the tape",
         )
     stream = io.StringIO()
-    console = Console(file=stream, width=100)
+    console = Console(file=stream, width=_WIDTH)
     console.print(table)
     _print_losses(console, losses)
     chosen = "chosen at the first step"
@@ -131,6 +162,10 @@ def _print_losses(
     for output, head, fisher in losses:
         line = f"Fisher of {output}: {head}; {fisher}"
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _bytes(block: Block) -> int:
+    return block.memory * (8 if block.dtype == "float64" else 4)
 
 
 def _readable(size: float) -> str:

@@ -118,3 +118,40 @@ def test_registration_of_a_layer(monkeypatch, assert_captures, float64):
 def test_only_layer_classes_can_be_registered():
     with pytest.raises(ValueError, match="takes a keras.layers.Layer subclass"):
         capture.register_layer(int)
+
+
+@pytest.mark.parametrize(
+    "exclude", [["one"], ["on*"], ["sequential/one"], ["*/one"]]
+)
+def test_excluded_layers(exclude):
+    model = mixed_model()
+    model.layers[0]._path = "sequential/one"
+    plan = make_plan(model, model.trainable_variables, exclude)
+    assert [layer.variables for layer in plan.layers] == [(4,)]
+    assert plan.reasons[:2] == ("Dense: excluded",) * 2
+
+
+def test_excluded_class():
+    model = mixed_model()
+    variables = model.trainable_variables
+    assert make_plan(model, variables, [keras.layers.Dense]).layers == ()
+    assert make_plan(model, variables, ["*"]).layers == ()
+    assert len(make_plan(model, variables, ["norm"]).layers) == 2
+
+
+def test_exclude_that_matches_nothing():
+    model = mixed_model()
+    with pytest.raises(ValueError, match=r"one \(Dense\).*\['three'\]"):
+        make_plan(model, model.trainable_variables, ["one", "three"])
+
+
+def test_special_computations_are_named():
+    model = mlp([3, 4, 2])
+    model.layers[0].enable_lora(2)
+    model.layers[1].quantize("int8")
+    plan = make_plan(model, model.trainable_variables)
+    assert plan.layers == ()
+    assert set(plan.reasons) == {
+        "Dense: LoRA enabled",
+        "Dense: quantised to int8",
+    }

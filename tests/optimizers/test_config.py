@@ -55,6 +55,7 @@ def test_damping(name):
         {"curvature_update_period": 3, "inverse_update_period": 7},
         {"norm_constraint": 0.01, "log_statistics": True},
         {"block": "diagonal", "fallback": "first_order"},
+        {"block": {"dense*": "full"}, "fallback": "kronecker"},
         {"weight_sharing": "reduce", "max_factor_size": 100},
         {"clipnorm": 1.0, "weight_decay": 0.1, "name": "mine"},
         {"use_ema": True, "ema_overwrite_frequency": 2},

@@ -1,0 +1,132 @@
+"""A Kronecker product for matrices whose layer is not captured."""
+
+from __future__ import annotations
+
+import math
+
+import tensorflow as tf
+from typing_extensions import override
+
+from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.factors import make_factor
+from keras_natgrad.blocks.fallback import GradientBlock
+from keras_natgrad.linalg import kronecker_operator, trace_norm_ratio
+
+
+class GradientKroneckerBlock(GradientBlock):
+    r"""The Fisher of a matrix from the second moments of its batch gradient.
+
+    A variable counts as a matrix, its last axis being the columns. With the
+    batch gradient `g` of cotangents of random sign, `E[vec g vec gᵀ] = F`,
+
+        L = E[g gᵀ],   R = E[gᵀ g],   F ≈ L ⊗ R / tr L.
+
+    Both factors are partial traces of F, so that `tr L = tr R = tr F` and the
+    trace of F is kept. The product is exact where F is a Kronecker product:
+    `F = A ⊗ B` has `L = A tr B` and `R = B tr A`. Otherwise it is one step of
+    the power iteration to the closest Kronecker product, started at the
+    identity (Morwani et al. 2024); the factors are those of Shampoo, of the
+    Fisher in place of the empirical gradients. One batch gives the factors the
+    rank of one gradient, so that they are noisier than those of captured
+    layers.
+
+    Damping is factored as in `KroneckerBlock`, with the π of this layer alone:
+    how the scale of F is split over L and R says nothing of other layers.
+    A factor larger than `max_factor_size` is kept as its diagonal.
+
+    Cost: `r c (r + c)` for the statistics and to precondition, `r³ + c³` for
+    a refresh, `2 (r² + c²)` memory.
+
+    Args:
+        shape: `BlockShape`.
+        max_factor_size: Largest side of a dense factor.
+
+    References:
+        - Gupta, Koren & Singer, 2018, arXiv:1802.09568 (Shampoo).
+        - Morwani et al., 2024, arXiv:2406.17748.
+    """
+
+    kind = "gradient_kronecker"
+
+    def __init__(self, shape: BlockShape, max_factor_size: int = 4096) -> None:
+        super().__init__(shape)
+        self._left = make_factor((), shape.rows, max_factor_size)
+        self._right = make_factor((), shape.columns, max_factor_size)
+
+    @override
+    @classmethod
+    def view(cls, shape: tuple[int, ...]) -> BlockShape:
+        return BlockShape(math.prod(shape[:-1]), shape[-1])
+
+    @override
+    def build_state(self) -> None:
+        sides = (("left", self._left), ("right", self._right))
+        for name, factor in sides:
+            factor.average = self.add_average(f"{name}_factor", factor.shape)
+        for name, factor in sides:
+            factor.inverse = self.add_cache(f"{name}_inverse", factor.shape)
+
+    @override
+    @classmethod
+    def state_size(cls, shape: BlockShape) -> int:
+        return 2 * (shape.rows**2 + shape.columns**2)
+
+    @override
+    @property
+    def memory(self) -> int:
+        return 2 * (self._left.elements + self._right.elements)
+
+    @override
+    def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        transposed = tf.transpose(gradient)
+        return (
+            self._left.second_moment(transposed[tf.newaxis]),
+            self._right.second_moment(gradient[tf.newaxis]),
+        )
+
+    def _factors(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns `L / √tr L` and `R / √tr L`, whose product is the Fisher."""
+        left, right = self.averages()
+        root = tf.sqrt(self._left.trace(left))
+        return (
+            tf.math.divide_no_nan(left, root),
+            tf.math.divide_no_nan(right, root),
+        )
+
+    @override
+    def trace(self) -> tf.Tensor:
+        return self._left.trace(self.averages()[0])
+
+    @override
+    def refresh(
+        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        left, right = self._factors()
+        ratio = trace_norm_ratio(
+            self._left.trace(left) / self._left.size,
+            self._right.trace(right) / self._right.size,
+        )
+        root = tf.sqrt(tf.cast(damping, left.dtype))
+        first = self._left.invert(left, ratio * root)
+        second = self._right.invert(right, root / ratio)
+        # Both factors or neither: one half of a stale pair fits no λ.
+        succeeded = first.succeeded & second.succeeded
+        self._left.store(first.inverse, succeeded)
+        self._right.store(second.inverse, succeeded)
+        retries = first.retries + second.retries
+        return retries, tf.cast(~succeeded, tf.int32)
+
+    @override
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        return self._right.apply_right(self._left.apply_left(gradient))
+
+    @override
+    def operator(self) -> tf.linalg.LinearOperator:
+        left, right = self._factors()
+        return kronecker_operator(
+            self._left.operator(left), self._right.operator(right)
+        )
+
+    @override
+    def describe(self) -> str:
+        return f"{self._left.describe()} ⊗ {self._right.describe()}"

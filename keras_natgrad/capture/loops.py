@@ -1,0 +1,107 @@
+"""Layers that Keras runs inside loops.
+
+A recurrent layer runs its cell in the graph of a loop over time steps, where
+no cotangent can be sent to a pre-activation: what belongs to the cell falls
+back. `TimeDistributed` treats time steps independently, and for the time of a
+recorded pass its layer is applied to all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_natgrad._compat import flatten_layers, takes_argument
+from keras_natgrad.capture.registry import may_support
+
+
+def unreachable_layers(model: keras.Model) -> dict[int, str]:
+    """Returns why layers of a built model cannot be recorded, by their id.
+
+    Only loops that Keras makes are found. A loop or a `tf.function` of the
+    user's own shows in the first step.
+    """
+    reasons: dict[int, str] = {}
+    for layer in flatten_layers(model):
+        inner: keras.layers.Layer | None = None
+        if isinstance(layer, keras.layers.RNN) and not layer.unroll:
+            inner = layer.cell
+        elif _loops_over_time(layer):
+            inner = layer.layer
+        if inner is None:
+            continue
+        reason = f"weights of a loop: {type(layer).__name__} {layer.name!r}"
+        for part in (inner, *flatten_layers(inner)):
+            reasons.setdefault(id(part), reason)
+    return reasons
+
+
+def _loops_over_time(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is a TimeDistributed that stays a loop.
+
+    Keras unrolls the loop where the number of time steps is static.
+    """
+    if not isinstance(layer, keras.layers.TimeDistributed):
+        return False
+    shape = layer.get_build_config().get("input_shape")
+    static = shape is not None and shape[1] is not None
+    return not static and not can_fold(layer)
+
+
+def can_fold(layer: keras.layers.TimeDistributed) -> bool:
+    """Returns whether a built TimeDistributed may fold its time steps.
+
+    Folding time steps into the batch changes nothing where the wrapped layer
+    treats examples independently and draws no random numbers. That is taken
+    to hold for registered layers and for those of Keras without state;
+    batch statistics and the seeds of dropout are state.
+    """
+    inner = [layer.layer, *flatten_layers(layer.layer)]
+    return any(may_support(each) for each in inner) and all(
+        _treats_examples_independently(each) for each in inner
+    )
+
+
+def _treats_examples_independently(layer: keras.layers.Layer) -> bool:
+    known = may_support(layer) or type(layer).__module__.startswith("keras.")
+    return known and all(variable.trainable for variable in layer.variables)
+
+
+def folded_call(layer: keras.layers.TimeDistributed) -> Callable[..., Any]:
+    """Returns a `call` for a TimeDistributed that needs no loop if it can.
+
+    The wrapped layer sees `[batch · time, ...]`; its canonical positions are
+    taken out of the batch again by `LayerRecord`. Whether it may be folded is
+    asked in the call, when it has been built.
+
+    Args:
+        layer: A `keras.layers.TimeDistributed`.
+    """
+    original, inner = layer.call, layer.layer
+
+    def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        masked = mask is not None and takes_argument(inner, "mask")
+        if masked or not tf.is_tensor(inputs) or not can_fold(layer):
+            return original(inputs, training=training, mask=mask)
+        kwargs = {}
+        if takes_argument(inner, "training"):
+            kwargs["training"] = training
+        lead = _sides(inputs)[:2]
+        outputs = inner.call(
+            tf.reshape(inputs, [-1, *_sides(inputs)[2:]]), **kwargs
+        )
+        return tf.reshape(outputs, [*lead, *_sides(outputs)[1:]])
+
+    return call
+
+
+def _sides(tensor: tf.Tensor) -> list[Any]:
+    """Returns the shape, static where it is known."""
+    dynamic = tf.shape(tensor)
+    return [
+        dynamic[axis] if side is None else side
+        for axis, side in enumerate(tensor.shape)
+    ]
