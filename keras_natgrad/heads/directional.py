@@ -171,7 +171,9 @@ def _mean(outputs: tf.Tensor) -> tf.Tensor:
 @tf.custom_gradient
 def _log_partition(outputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
     """Returns `log Z(κ)`, whose gradient is the mean."""
-    kappa = _polar(outputs)[1][..., 0]
+    # Tapes see inside a custom gradient, and XLA does not compile the gradient
+    # of TFP's loops.
+    kappa = tf.stop_gradient(_polar(outputs)[1][..., 0])
     # log Z(κ) − log Z(0) = κ²/2d + …, below rounding there.
     kappa = tf.maximum(kappa, 1e-9)
     origin = tf.zeros_like(outputs)

@@ -111,3 +111,20 @@ def test_samples_near_the_uniform_distribution():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_gradient_of_the_loss_compiles():
+    """A tape sees TFP's loops, whose gradient XLA does not compile."""
+    outputs = tf.constant([[1.0, 2.0, -1.0], [0.1, 0.0, 0.3]])
+    targets = HEAD.sample(outputs, [0, 1])
+
+    @tf.function(jit_compile=True)
+    def gradient(outputs):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(outputs)
+            log_prob = HEAD.log_prob(outputs, targets)
+        return tape.gradient(log_prob, outputs)
+
+    np.testing.assert_allclose(
+        gradient(outputs), HEAD.score(outputs, targets), rtol=1e-5
+    )
