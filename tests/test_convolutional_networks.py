@@ -173,7 +173,6 @@ def test_modes_agree(jit_compile):
 def test_kfac_trains(weight_sharing):
     optimizer = kng.KFAC(weight_sharing=weight_sharing)
     losses, _ = trained(optimizer, 30, run_eagerly=False, jit_compile=False)
-    print(losses)
     assert losses[-1] < 0.5 * losses[0]
 
 
