@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_natgrad.capture import LayerRecord
 from keras_natgrad.curvature.cotangents import OutputTerm, example_weights
 from keras_natgrad.curvature.entry import Entry
+from keras_natgrad.heads.tensors import as_parameters
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ class CapturedPass:
         sizes = tf.add_n(
             [
                 tf.reduce_sum(
-                    tf.reshape(tf.square(cotangent), [self.batch, -1]), axis=1
+                    tf.reshape(
+                        tf.square(as_parameters(cotangent)), [self.batch, -1]
+                    ),
+                    axis=1,
                 )
                 for cotangent in cotangents
             ]

@@ -309,6 +309,15 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         """Returns what `fit` logs beside the metrics."""
         return {}
 
+    def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
+        """Updates the variables by their gradients, as in Keras.
+
+        Gradients of embeddings, which come as rows, are made dense first:
+        the norms that clip them would count a repeated row twice.
+        """
+        dense = [g if g is None else tf.convert_to_tensor(g) for g in grads]
+        return super().apply(dense, trainable_variables)
+
     def _backend_update_step(
         self,
         grads: Sequence[Any],
