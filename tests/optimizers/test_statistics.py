@@ -90,13 +90,8 @@ def test_summary_of_fallbacks():
     )
     with pytest.warns(UserWarning, match="norm"):
         text = summary_of(model)
-<<<<<<< HEAD
     assert "fallback" in text and "Unknown" in text
-    assert "15 of 23" in text
-=======
-    assert "fallback" in text and "LayerNormalization" in text
     assert "23 of 23" in text and "captured 65.2%" in text
->>>>>>> rest
 
 
 def test_summary_prints(capsys):
