@@ -49,7 +49,7 @@ def metrics(model, x, horizon=1, max_elements=LARGE, coefficients=None, **kw):
     """The blocks of a model after one batch."""
     variables = model.trainable_variables
     plan = make_plan(model, variables)
-    layers = match_layers(plan, model, variables)
+    layers = [layer for layer, _ in match_layers(plan, model, variables)]
     sources = find_sources(model, layers, HorizonOptions(horizon, **kw))
     shapes = [tuple(v.shape) for v in variables]
     specs = plan_metrics(plan, sources, max_elements)
