@@ -267,3 +267,13 @@ def layer_graph(model: keras.Model) -> LayerGraph | None:
         for tensor in keras.tree.flatten(functional.outputs)
     }
     return LayerGraph(consumers, outputs)
+
+
+def layer_scale_class() -> type[keras.layers.Layer]:
+    """Returns the class of ConvNeXt's scale per channel.
+
+    `keras.applications` builds models with it and does not export it.
+    """
+    from keras.src.applications.convnext import LayerScale
+
+    return LayerScale

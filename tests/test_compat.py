@@ -329,3 +329,17 @@ def test_takes_argument():
     assert _compat.takes_argument(dropout, "training")
     assert not _compat.takes_argument(dropout, "mask")
     assert _compat.takes_argument(lstm, "mask")
+
+
+def test_layer_scale_class():
+    """The class of the layers that the public ConvNeXt is built of."""
+    model = keras.applications.ConvNeXtTiny(
+        weights=None, include_top=False, input_shape=(32, 32, 3)
+    )
+    found = [
+        layer
+        for layer in model.layers
+        if isinstance(layer, _compat.layer_scale_class())
+    ]
+    assert len(found) == 3 + 3 + 9 + 3
+    assert all(layer.gamma.shape == (layer.projection_dim,) for layer in found)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_natgrad._compat import layer_scale_class
 from keras_natgrad.capture.layout import ParameterLayout, size_of
 from keras_natgrad.capture.registry import LinearMap, register_layer
 
@@ -58,5 +60,17 @@ def describe_prelu(layer: keras.layers.PReLU) -> LinearMap:
         layout=elementwise_layout(layer.alpha.shape),
         inputs=lambda x: by_element(tf.minimum(x, 0), axes),
         cotangents=lambda g: by_element(g, axes),
+        block="full",
+    )
+
+
+@register_layer(layer_scale_class())
+def describe_layer_scale(layer: Any) -> LinearMap:
+    """`z = γ x` with a scale per channel, as in ConvNeXt."""
+    return LinearMap(
+        variables=(layer.gamma,),
+        layout=elementwise_layout(layer.gamma.shape),
+        inputs=lambda x: by_element(x, [x.shape.rank - 1]),
+        cotangents=lambda g: by_element(g, [g.shape.rank - 1]),
         block="full",
     )

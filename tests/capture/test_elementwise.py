@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keras_natgrad import _compat
 from keras_natgrad.capture import Taps, linear_maps
 
 from .conftest import check, check_examples, randomized
@@ -43,4 +44,17 @@ def test_negative_shared_axis():
     x = np.random.default_rng(0).normal(size=(3, 2, 4))
     randomized(layer, x)
     check(layer, [layer], x, product=False)
+    check_examples(layer, [layer], x)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+def test_layer_scale(shape):
+    """Of ConvNeXt: one scale per channel, `z = x γ`."""
+    layer = _compat.layer_scale_class()(1e-6, 4, dtype="float64")
+    x = np.random.default_rng(0).normal(size=(3, *shape))
+    randomized(layer, x)
+    (spec,) = linear_maps(layer)
+    assert spec.layout.groups == 4
+    assert spec.block == "full"
+    check(layer, [layer], x)
     check_examples(layer, [layer], x)

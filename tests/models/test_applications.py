@@ -1,0 +1,34 @@
+"""Every layer of `keras.applications` that trains is captured."""
+
+import keras
+import pytest
+
+from benchmarks.models import MODELS, build
+from keras_natgrad.capture import make_plan
+
+# One with a scale per channel, one with squeeze and excitation.
+QUICK = ("ConvNeXtTiny", "MobileNetV3Small")
+
+
+def test_all_are_listed():
+    names = {
+        name
+        for name in dir(keras.applications)
+        if name[0].isupper() and callable(getattr(keras.applications, name))
+    }
+    assert names == set(MODELS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+    ],
+)
+def test_nothing_falls_back(name):
+    model, _ = build(name)
+    plan = make_plan(model, model.trainable_variables)
+    assert plan.reasons == ()
+    covered = {index for layer in plan.layers for index in layer.variables}
+    assert covered == set(range(len(model.trainable_variables)))
