@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 FIRST_ORDER = ("sgd", "adam", "muon")
+CURVATURE = {"kfac": "KFAC", "rngd": "RNGD", "prong": "PRONG"}
 
 LEARNING_RATES: dict[str, tuple[float, ...]] = {
     "sgd": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
@@ -49,7 +50,8 @@ class Method:
 
     Attributes:
         name: The whole text it was parsed from; labels the results.
-        optimizer: `"kfac"`, `"sgd"`, `"adam"` or `"muon"`.
+        optimizer: `"kfac"`, `"rngd"`, `"prong"`, `"sgd"`, `"adam"` or
+            `"muon"`.
         options: Arguments for the optimizer's constructor.
     """
 
@@ -79,10 +81,10 @@ class Method:
         {'beta_1': 0.5}
         """
         optimizer, _, rest = text.partition(":")
-        if optimizer not in ("kfac", *FIRST_ORDER):
+        known = (*CURVATURE, *FIRST_ORDER)
+        if optimizer not in known:
             raise ValueError(
-                f"The optimizer must be 'kfac' or one of {FIRST_ORDER}. "
-                f"Received: text={text!r}"
+                f"The optimizer must be one of {known}. Received: text={text!r}"
             )
         pairs = rest.split(",") if rest else []
         options = {**(defaults or {}), **parse_options(pairs)}
@@ -100,10 +102,11 @@ class Method:
         options = dict(self.options)
         if setting.learning_rate is not None:
             options["learning_rate"] = setting.schedule()
-        if self.optimizer == "kfac":
+        if self.optimizer in CURVATURE:
             import keras_natgrad
 
-            return keras_natgrad.KFAC(**options).attach(model)
+            kind = getattr(keras_natgrad, CURVATURE[self.optimizer])
+            return kind(**options).attach(model)
         return _FACTORIES[self.optimizer](**options)
 
 
