@@ -175,7 +175,8 @@ def test_layers_that_may_not_be_folded(name):
     model = distributed(STATEFUL[name](), steps=4)
     assert not can_fold(model.layers[0])
     found, _ = reasons_of(model)
-    assert len(found) == 1
+    # The dense layer, and batch normalisation, which is captured step by step.
+    assert len(found) == (2 if name == "batch statistics" else 1)
     dense = [e for e in flatten_layers(model) if isinstance(e, layers.Dense)]
     x = inputs(5, 4, 3)
     with Taps(flatten_layers(model)) as taps:
