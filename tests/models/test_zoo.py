@@ -14,10 +14,13 @@ STEPS = 10
 BATCH = 32
 # Their loops compile for minutes under XLA.
 LOOPS = ("lstm",)
+# XLA draws other random numbers than TensorFlow's own kernels.
+RANDOM = ("autoencoder",)
 
 
 def compiled(case, **kwargs):
     """Returns the compiled model and its batch; eager unless told otherwise."""
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(1)
     model = case.make()
     x, y = case.data(BATCH)
@@ -65,5 +68,8 @@ def test_graph_and_xla_agree_with_eager(name, jit_compile, float64):
     runs = [{}, {"run_eagerly": False, "jit_compile": jit_compile}]
     models = [compiled(ZOO[name](), **kwargs) for kwargs in runs]
     eager, graph = (losses_of(*each, steps=4) for each in models)
+    if jit_compile and name in RANDOM:
+        assert np.all(np.isfinite(graph)) and graph[-1] < graph[0]
+        return
     np.testing.assert_allclose(graph, eager, rtol=1e-6)
     assert_close(weights(models[1][0]), weights(models[0][0]), 1e-6, 1e-8)
