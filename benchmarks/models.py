@@ -293,9 +293,10 @@ In none of the {total} does a variable fall back
 `Normalization`) and stochastic depth have nothing to train; the scale per
 channel of ConvNeXt is captured.
 
-Without normalisation (`VGG16`, `VGG19`) the first steps are far too long: every
-second one is taken back, and the damping rises from surge to surge. {steps} steps
-do not bring the loss down. `ConvNeXtTiny` and both `MobileNetV3` surge once.
+Without normalisation (`VGG16`, `VGG19`) the first steps are far too long: they
+are taken back, and the damping rises tenfold, then a hundred and a thousand
+times, until one holds; only then does the loss fall. `ConvNeXtTiny` and both
+`MobileNetV3` surge once.
 With all dropout off, `EfficientNetV2B0` and `V2B1` fall in each of five steps
 (3.3 → 0.0044 and 4.5 → 0.013): their last losses in the table are noise of
 dropout, at eight examples.

@@ -198,6 +198,8 @@ class PreconditionedOptimizer(RetractingOptimizer):
         # Zero at the first step, and after one that was taken back: then the
         # inverses must not be used as they are.
         forced = tf.equal(self.state.refresh_at.value, 0)
+        # Otherwise there was a step before this one, and it has held.
+        self.state.end_surges(~forced)
         self._refresh_if(forced)
         matrices = self.curvature.to_matrices(gradients)
         solved = self.curvature.precondition(self._pulled(matrices))

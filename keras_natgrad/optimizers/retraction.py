@@ -8,13 +8,18 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad import _compat
+from keras_natgrad.linalg import scalar
 from keras_natgrad.optimizers.adaptive import AdaptiveOptimizer
 from keras_natgrad.optimizers.base import Observation
 from keras_natgrad.step import LevenbergMarquardt
 from keras_natgrad.step.guard import loss_before
 
-# Factor of the damping after a step that made the loss surge.
+# Factor of the damping after a step that made the loss surge. It is squared
+# after a second one in a row, and cubed after a third: where the damping starts
+# many orders too low, as in deep networks without normalisation, a fixed factor
+# would spend a step on each order.
 _RETRACTION = 10.0
+_MOST_SURGES = 3
 
 
 class RetractingOptimizer(AdaptiveOptimizer):
@@ -64,7 +69,12 @@ class RetractingOptimizer(AdaptiveOptimizer):
                 step = tf.convert_to_tensor(velocity)
                 variable.value.assign_sub(tf.cast(step, variable.dtype))
                 velocity.assign(tf.zeros_like(step))
-            self.state.damping.assign(_RETRACTION * self.state.damping.value)
+            damping = self.state.damping.value
+            surges = tf.minimum(self.state.add_surge(), _MOST_SURGES)
+            factor = scalar(_RETRACTION, damping.dtype) ** tf.cast(
+                surges, damping.dtype
+            )
+            self.state.damping.assign(factor * damping)
             self.state.refresh_at.assign(0)
             return tf.constant(0)
 

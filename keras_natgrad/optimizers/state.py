@@ -60,6 +60,10 @@ class StepState:
         self._skipped_last = add_variable(
             shape=(), initializer="zeros", dtype="int32", name="skipped_last"
         )
+        # Steps taken back without one in between that held.
+        self._surges = add_variable(
+            shape=(), initializer="zeros", dtype="int32", name="surges"
+        )
         self.guard = SurgeGuard(add_curvature_variable)
 
     def skipped_last(self) -> tf.Tensor:
@@ -71,6 +75,16 @@ class StepState:
         back = tf.cast(retracted, tf.int32)
         self.increment(skipped=1 - back, retracted=back)
         self._skipped_last.assign(1 - back)
+
+    def add_surge(self) -> tf.Tensor:
+        """Counts a step taken back; returns how many there were in a row."""
+        self._surges.assign_add(1)
+        return self._surges.value
+
+    def end_surges(self, held: tf.Tensor) -> None:
+        """Starts the count anew where a step has held."""
+        kept = tf.where(held, 0, self._surges.value)
+        self._surges.assign(kept)
 
     def count(self, name: str) -> tf.Tensor:
         """Returns one counter, an int32 scalar."""

@@ -86,6 +86,28 @@ def test_exploding_step_is_taken_back(mode, float64):
     assert model.optimizer.statistics["retracted"] == 1
 
 
+def test_damping_rises_faster_after_surges_in_a_row(float64):
+    model, batch, _, _ = exploded({"run_eagerly": True})
+    optimizer = model.optimizer
+    factors = []
+    for rate in (1e8, 1e10, 1e12, RATE, RATE):
+        damping = optimizer.statistics["damping"]
+        model.train_on_batch(*batch)  # Takes the last step back.
+        factors.append(optimizer.statistics["damping"] / damping)
+        optimizer.learning_rate = rate
+        model.train_on_batch(*batch)
+    found = optimizer.statistics
+    assert found["retracted"] == 4
+    np.testing.assert_allclose(factors[:4], [10, 100, 1000, 1000], rtol=1e-6)
+    # The fifth held: the next surge counts as the first again.
+    optimizer.learning_rate = 1e12
+    model.train_on_batch(*batch)
+    damping = optimizer.statistics["damping"]
+    model.train_on_batch(*batch)
+    assert optimizer.statistics["retracted"] == 5
+    assert optimizer.statistics["damping"] == pytest.approx(10 * damping)
+
+
 def test_inverses_are_refreshed_before_the_next_step(float64):
     """That step is `−α P∇` with the new inverses and without momentum."""
     model, batch, _, _ = exploded({"run_eagerly": True})
