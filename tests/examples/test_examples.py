@@ -205,6 +205,7 @@ def test_pinn_poisson_problem(dimensions, monkeypatch):
     assert np.array_equal(again, x.numpy()) == (dimensions == 2)
 
 
+@pytest.mark.slow
 def test_prong(tmp_path):
     path, report = tmp_path / "new" / "figure.png", tmp_path / "prong.json"
     output = run(

@@ -46,7 +46,16 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(params=OPTIMIZERS)
+# Other arguments of the same optimizers: their compilation takes long.
+VARIANTS = ("kfac_search", "cg", "rngd_far", "line_search", "prong_momentum")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name
+        for name in OPTIMIZERS
+    ]
+)
 def make(request):
     return OPTIMIZERS[request.param]
 

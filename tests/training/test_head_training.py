@@ -94,7 +94,23 @@ def train(head, x, y, truth, steps=60, distance=3.0, **compile_options):
     return model, optimizer
 
 
-@pytest.mark.parametrize("name", HEADS)
+# The rest is long; these have each kind of Fisher matrix.
+QUICK = ("normal", "gamma", "negative_binomial", "mvn", "dirichlet")
+
+
+def marked(names, quick):
+    """The names as parameters, slow but for the quick ones."""
+    return [
+        pytest.param(
+            name, marks=() if name in quick else pytest.mark.slow, id=name
+        )
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", marked(HEADS, (*QUICK, "categorical", "mixture", "joint"))
+)
 def test_default_kfac_finds_the_maximum_of_the_likelihood(name):
     """From a bad start to at least the likelihood of the truth."""
     head, x, y, truth = problem(name)
@@ -109,19 +125,10 @@ def test_default_kfac_finds_the_maximum_of_the_likelihood(name):
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
 
 
-# The rest is long; these have each kind of Fisher matrix.
-QUICK = ("normal", "gamma", "negative_binomial", "mvn", "dirichlet")
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name, marks=() if name in QUICK else pytest.mark.slow, id=name
-        )
-        for name in HEADS
-        if name != "mixture"  # XLA draws other samples.
-    ],
+    # XLA draws other samples for the mixture.
+    marked([name for name in HEADS if name != "mixture"], QUICK[:2]),
 )
 def test_modes_agree(name):
     """Steps in XLA and in eager mode are those of the graph."""

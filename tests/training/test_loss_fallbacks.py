@@ -147,6 +147,7 @@ def all_losses():
     )
 
 
+@pytest.mark.slow
 def test_modes_agree():
     """All losses at once: eager steps, and XLA's, are those of the graph."""
     x, _ = data()
