@@ -12,7 +12,13 @@ from keras_natgrad.layers import input_moments, rewhiten
 from tests.reference import fisher, prong
 from tests.reference.bridge import dense_layers, matrix_of, mlp, network_of
 from tests.reference.heads import Term
-from tests.training.networks import assert_close, cross_entropy, data, weights
+from tests.training.networks import (
+    assert_close,
+    compiled,
+    cross_entropy,
+    data,
+    weights,
+)
 
 BATCH, RATE = 12, 0.3
 DAMPINGS = [(0.05, False), (0.2, True)]
@@ -269,3 +275,29 @@ def test_scheduled_rate_and_damping(float64):
         found = model.optimizer.statistics
         np.testing.assert_allclose(found["damping"], 0.4 * 0.5**step)
         np.testing.assert_allclose(found["learning_rate"], 0.4 * 0.5**step)
+
+
+def test_convolutions_get_the_factor_of_their_patches():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 6, 6, 2)).astype("float32")
+    y = (x.mean(axis=(1, 2, 3)) > 0).astype("int32")
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            keras.layers.Conv2D(4, 3, activation="tanh"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2),
+        ]
+    )
+    optimizer = kng.PRONG(0.1)
+    with pytest.warns(UserWarning, match="no input factor"):
+        compiled(model, optimizer)
+        model.train_on_batch(x, y)
+    kinds = [entry.block.kind for entry in optimizer.curvature.entries]
+    assert kinds == ["input_factor", "input_factor", "plain", "plain"]
+    assert optimizer.curvature.entries[0].block.shape.rows == 3 * 3 * 2 + 1
+    before = model.evaluate(x, y, verbose=0)
+    for _ in range(10):
+        model.train_on_batch(x, y)
+    assert model.evaluate(x, y, verbose=0) < before
