@@ -168,7 +168,7 @@ DOCUMENTS = [
 )
 def test_documented_code_parses(path):
     for block in python_blocks(path):
-        compile(block, str(path), "exec")
+        assert compile(block, str(path), "exec") is not None
 
 
 def test_quickstart_of_the_readme_runs(tmp_path):

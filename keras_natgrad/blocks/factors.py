@@ -14,6 +14,7 @@ from keras_natgrad.linalg import (
     Rows,
     StructuredRows,
     damped_inverse,
+    trace_norm_ratio,
 )
 
 
@@ -215,6 +216,40 @@ class ScalarFactor(Factor):
     @override
     def describe(self) -> str:
         return f"scalar {self.size}"
+
+
+def refresh_pair(
+    factors: tuple[Factor, Factor],
+    averages: tuple[tf.Tensor, tf.Tensor],
+    damping: tf.Tensor,
+    ratio: tf.Tensor | None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Recomputes the inverses `(A + π√λ I)⁻¹` and `(G + √λ/π I)⁻¹`.
+
+    Args:
+        factors: The input and the output side.
+        averages: A and G.
+        damping: Scalar λ.
+        ratio: π; that of the trace norms where it is `None`.
+
+    Returns:
+        Raised dampings and failed pairs, int32 scalars.
+    """
+    left, right = factors
+    first_average, second_average = averages
+    if ratio is None:
+        ratio = trace_norm_ratio(
+            left.trace(first_average) / left.size,
+            right.trace(second_average) / right.size,
+        )
+    root = tf.sqrt(tf.cast(damping, first_average.dtype))
+    first = left.invert(first_average, ratio * root)
+    second = right.invert(second_average, root / ratio)
+    # Both factors or neither: one half of a stale pair fits no λ.
+    succeeded = first.succeeded & second.succeeded
+    left.store(first.inverse, succeeded)
+    right.store(second.inverse, succeeded)
+    return first.retries + second.retries, tf.cast(~succeeded, tf.int32)
 
 
 def _reciprocal(values: tf.Tensor) -> DampedInverse:

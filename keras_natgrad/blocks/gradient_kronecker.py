@@ -8,9 +8,9 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import BlockShape
-from keras_natgrad.blocks.factors import make_factor
+from keras_natgrad.blocks.factors import make_factor, refresh_pair
 from keras_natgrad.blocks.fallback import GradientBlock
-from keras_natgrad.linalg import kronecker_operator, trace_norm_ratio
+from keras_natgrad.linalg import kronecker_operator
 
 
 class GradientKroneckerBlock(GradientBlock):
@@ -101,20 +101,9 @@ class GradientKroneckerBlock(GradientBlock):
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        left, right = self._factors()
-        ratio = trace_norm_ratio(
-            self._left.trace(left) / self._left.size,
-            self._right.trace(right) / self._right.size,
+        return refresh_pair(
+            (self._left, self._right), self._factors(), damping, None
         )
-        root = tf.sqrt(tf.cast(damping, left.dtype))
-        first = self._left.invert(left, ratio * root)
-        second = self._right.invert(right, root / ratio)
-        # Both factors or neither: one half of a stale pair fits no λ.
-        succeeded = first.succeeded & second.succeeded
-        self._left.store(first.inverse, succeeded)
-        self._right.store(second.inverse, succeeded)
-        retries = first.retries + second.retries
-        return retries, tf.cast(~succeeded, tf.int32)
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:

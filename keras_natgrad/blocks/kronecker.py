@@ -8,7 +8,7 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, FactorScales
-from keras_natgrad.blocks.factors import make_factor
+from keras_natgrad.blocks.factors import make_factor, refresh_pair
 from keras_natgrad.linalg import (
     Rows,
     block_diagonal,
@@ -16,7 +16,6 @@ from keras_natgrad.linalg import (
     position_count,
     position_mean,
     scale_examples,
-    trace_norm_ratio,
 )
 
 
@@ -144,20 +143,9 @@ class KroneckerBlock(Block):
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
         left, right = self.averages()
-        if ratio is None:
-            ratio = trace_norm_ratio(
-                self._input.trace(left) / self._input.size,
-                self._output.trace(right) / self._output.size,
-            )
-        root = tf.sqrt(tf.cast(damping, left.dtype))
-        first = self._input.invert(left, ratio * root)
-        second = self._output.invert(right, root / ratio)
-        # Both factors or neither: one half of a stale pair fits no λ.
-        succeeded = first.succeeded & second.succeeded
-        self._input.store(first.inverse, succeeded)
-        self._output.store(second.inverse, succeeded)
-        retries = first.retries + second.retries
-        return retries, tf.cast(~succeeded, tf.int32)
+        return refresh_pair(
+            (self._input, self._output), (left, right), damping, ratio
+        )
 
     @override
     def factor_scales(self) -> FactorScales:

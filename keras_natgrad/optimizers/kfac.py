@@ -16,7 +16,7 @@ from keras_natgrad.step import (
     get_damping,
     get_line_search,
 )
-from keras_natgrad.step.damping import check_positive
+from keras_natgrad.step.damping import check_fraction, check_positive
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -161,13 +161,7 @@ class KFAC(PreconditionedOptimizer):
                 f"Received: fisher={fisher!r}"
             )
         self.fisher = fisher
-        number = isinstance(factor_decay, (int, float))
-        if not number or not 0 <= factor_decay < 1:
-            raise ValueError(
-                "`factor_decay` must be in [0, 1). "
-                f"Received: factor_decay={factor_decay!r}"
-            )
-        self.factor_decay = factor_decay
+        self.factor_decay = check_fraction("factor_decay", factor_decay)
         self._hide(
             "refresh",
             Refresh(

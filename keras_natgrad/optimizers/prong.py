@@ -15,6 +15,7 @@ from keras_natgrad.heads import LossWeight
 from keras_natgrad.heads.observed import ObservedLoss
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import Refresh, StepLength, get_damping
+from keras_natgrad.step.damping import check_fraction
 from keras_natgrad.training.choices import Choice
 
 
@@ -99,8 +100,8 @@ class PRONG(PreconditionedOptimizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate, name=name, **kwargs)
-        _check_fraction("momentum", momentum)
-        _check_fraction("factor_decay", factor_decay)
+        check_fraction("momentum", momentum)
+        check_fraction("factor_decay", factor_decay)
         self._hide("length", StepLength(False, float(momentum)))
         self._hide("damping", _damping(damping))
         self.factor_decay = factor_decay
@@ -194,14 +195,6 @@ class PRONG(PreconditionedOptimizer):
 
 
 _UNUSED = "not needed: G = I"
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < 1:
-        raise ValueError(
-            f"`{name}` must be a float in [0, 1). Received: {name}={value!r}"
-        )
 
 
 def _damping(value: Any) -> Any:

@@ -13,7 +13,6 @@ from keras_natgrad import _compat
 from keras_natgrad.capture import Plan, match_layers
 from keras_natgrad.curvature import (
     BlockDiagonal,
-    CapturedPass,
     HorizonOptions,
     MetricSpec,
     RelativeCurvature,
@@ -24,7 +23,7 @@ from keras_natgrad.curvature import (
 from keras_natgrad.optimizers.base import Observation
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import Refresh, StepLength
-from keras_natgrad.step.damping import check_positive
+from keras_natgrad.step.damping import check_fraction, check_positive
 from keras_natgrad.step.refresh import check_period
 
 
@@ -151,7 +150,7 @@ class RNGD(PreconditionedOptimizer):
         )
         responses = ResponseOptions(softness, noise_scale, other_response)
         self._hide("horizon_options", HorizonOptions(horizon, ends, responses))
-        self.factor_decay = _check_fraction("metric_decay", metric_decay)
+        self.factor_decay = check_fraction("metric_decay", metric_decay)
         check_period("metric_update_period", metric_update_period)
         self._hide(
             "refresh",
@@ -162,7 +161,7 @@ class RNGD(PreconditionedOptimizer):
         self.identity_start = bool(identity_start)
         check_positive("max_metric_elements", max_metric_elements)
         self.max_metric_elements = max_metric_elements
-        momentum = _check_fraction("momentum", momentum)
+        momentum = check_fraction("momentum", momentum)
         self._hide("length", StepLength(False, momentum))
         self.log_statistics = log_statistics
         self.fisher = "exact"
@@ -224,14 +223,6 @@ class RNGD(PreconditionedOptimizer):
     @override
     def observe(self, observation: Observation) -> None:
         """Inverts what earlier batches said, then adds what this one says."""
-        captured = CapturedPass(
-            observation.tape.gradient_tape,
-            observation.terms,
-            observation.records,
-            self.curvature.entries,
-            [v.value for v in _compat.optimizer_variables(self)],
-        )
-        observation.captured = captured
         batches = self.state.count("batches")
         updates = self.state.count("curvature_updates")
         started = self.identity_start | (updates > 0)
@@ -242,7 +233,7 @@ class RNGD(PreconditionedOptimizer):
         def update() -> tf.Tensor:
             assert isinstance(self.curvature, RelativeCurvature)
             statistics = self.curvature.relative_statistics(
-                captured,
+                self._capture(observation),
                 self._find_sources(),
                 observation.tape.taps,
                 tf.stack([tf.constant(self.seed, tf.int32), batches]),
@@ -339,13 +330,4 @@ def _check_damping(name: str, value: Any) -> float:
         return float(value)
     raise ValueError(
         f"`{name}` must be a non-negative float. Received: {name}={value!r}"
-    )
-
-
-def _check_fraction(name: str, value: Any) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and 0 <= value < 1:
-        return float(value)
-    raise ValueError(
-        f"`{name}` must be a float in [0, 1). Received: {name}={value!r}"
     )

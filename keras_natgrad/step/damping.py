@@ -150,6 +150,16 @@ def get(identifier: Any) -> Damping:
     )
 
 
+def check_fraction(name: str, value: Any) -> float:
+    """Returns a float in [0, 1), else raises ValueError."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and 0 <= value < 1:
+        return float(value)
+    raise ValueError(
+        f"`{name}` must be a float in [0, 1). Received: {name}={value!r}"
+    )
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a positive number."""
     if isinstance(value, (int, float)) and value > 0:
