@@ -241,10 +241,12 @@ class LayerGraph(NamedTuple):
         consumers: Per `id` of a layer (or operation), those that its output
             goes to, one entry per use.
         outputs: The `id`s of those that make an output of the model.
+        inputs: The `id`s of those that stand for an input of the model.
     """
 
     consumers: dict[int, list[Any]]
     outputs: set[int]
+    inputs: set[int]
 
 
 def layer_graph(model: keras.Model) -> LayerGraph | None:
@@ -262,11 +264,16 @@ def layer_graph(model: keras.Model) -> LayerGraph | None:
             consumers.setdefault(id(parent.operation), []).append(
                 node.operation
             )
-    outputs = {
-        id(tensor._keras_history.operation)
-        for tensor in keras.tree.flatten(functional.outputs)
-    }
-    return LayerGraph(consumers, outputs)
+
+    def operations(tensors: Any) -> set[int]:
+        flat = keras.tree.flatten(tensors)
+        return {id(tensor._keras_history.operation) for tensor in flat}
+
+    return LayerGraph(
+        consumers,
+        operations(functional.outputs),
+        operations(functional.inputs),
+    )
 
 
 def layer_scale_class() -> type[keras.layers.Layer]:

@@ -8,6 +8,7 @@ from keras_natgrad.blocks.fallback import (
     GradientScalarBlock,
     PlainGradientBlock,
 )
+from keras_natgrad.blocks.feature_scaled import FeatureScaledBlock
 from keras_natgrad.blocks.full import FullBlock
 from keras_natgrad.blocks.gradient_kronecker import GradientKroneckerBlock
 from keras_natgrad.blocks.identity import IdentityBlock
@@ -25,6 +26,7 @@ __all__ = [
     "BlockShape",
     "CoupledBlock",
     "DiagonalBlock",
+    "FeatureScaledBlock",
     "FullBlock",
     "GradientBlock",
     "GradientDiagonalBlock",

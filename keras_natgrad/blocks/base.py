@@ -243,6 +243,13 @@ class Block(abc.ABC):
         """Returns the scales of two factors, `None` for no product."""
         return None
 
+    def damping_rows(self) -> tf.Tensor | None:
+        """Returns the diagonal metric D of the damping `λ D`.
+
+        A tensor `[rows]`, the same for all columns; `None` is the identity.
+        """
+        return None
+
     def describe(self) -> str:
         """Returns the approximation in a few words, for the summary."""
         return self.kind

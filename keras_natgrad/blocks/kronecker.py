@@ -131,9 +131,14 @@ class KroneckerBlock(Block):
             cotangents = tf.reduce_sum(cotangents, axis=-2, keepdims=True)
         return (self._output.second_moment(cotangents),)
 
+    def factors(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns A and G in the units that the damping is added in."""
+        left, right = self.averages()
+        return left, right
+
     @override
     def trace(self) -> tf.Tensor:
-        left, right = self.averages()
+        left, right = self.factors()
         return tf.reduce_sum(
             self._input.trace(left) * self._output.trace(right)
         )
@@ -142,14 +147,13 @@ class KroneckerBlock(Block):
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        left, right = self.averages()
         return refresh_pair(
-            (self._input, self._output), (left, right), damping, ratio
+            (self._input, self._output), self.factors(), damping, ratio
         )
 
     @override
     def factor_scales(self) -> FactorScales:
-        left, right = self.averages()
+        left, right = self.factors()
         return FactorScales(
             tf.reduce_sum(self._input.trace(left)),
             self._input.size * self._input.groups,

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalBlock
+from keras_natgrad.blocks.feature_scaled import FeatureScaledBlock
 from keras_natgrad.blocks.full import FullBlock
 from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.input_factor import InputFactorBlock
@@ -15,6 +16,7 @@ from keras_natgrad.blocks.unitwise import CoupledBlock, UnitwiseBlock
 _BLOCKS: dict[str, type[Block]] = {
     "kronecker": KroneckerBlock,
     "kfac": KroneckerBlock,
+    "feature_scaled": FeatureScaledBlock,
     "diagonal": DiagonalBlock,
     "full": FullBlock,
     "identity": IdentityBlock,

@@ -19,6 +19,7 @@ from keras_natgrad.capture.patterns import (
     matches,
     pattern_name,
 )
+from keras_natgrad.capture.readers import readers_of_inputs
 from keras_natgrad.capture.registry import linear_maps
 
 
@@ -33,6 +34,7 @@ class LayerPlan:
         layout: Their `ParameterLayout`.
         block: Name of the block that suits the layer, or `None`.
         bases: Names of the bases of the layer's class.
+        reads_inputs: Whether its features are inputs of the model.
     """
 
     path: str
@@ -41,6 +43,7 @@ class LayerPlan:
     layout: ParameterLayout
     block: str | None = None
     bases: tuple[str, ...] = ()
+    reads_inputs: bool = False
 
     @property
     def label(self) -> LayerLabel:
@@ -56,6 +59,7 @@ class LayerPlan:
             "layout": self.layout.get_config(),
             "block": self.block,
             "bases": list(self.bases),
+            "reads_inputs": self.reads_inputs,
         }
 
     @classmethod
@@ -68,6 +72,7 @@ class LayerPlan:
             layout=ParameterLayout.from_config(config["layout"]),
             block=config.get("block"),
             bases=tuple(config.get("bases", ())),
+            reads_inputs=config.get("reads_inputs", False),
         )
 
 
@@ -150,6 +155,7 @@ def make_plan(
     labels = [LayerLabel.of(layer) for layer in found]
     check_patterns(patterns, labels, "exclude")
     unreachable = unreachable_layers(model)
+    readers = readers_of_inputs(model)
     layers: list[LayerPlan] = []
     owners = owners_of_variables(model)
     excluded = {
@@ -159,7 +165,8 @@ def make_plan(
     }
     for layer in found:
         if id(layer) not in excluded | set(unreachable):
-            layers += _plan_layer(layer, positions, owners)
+            reads = id(layer) in readers
+            layers += _plan_layer(layer, positions, owners, reads)
 
     def why(users: list[keras.layers.Layer]) -> str:
         if len(users) != 1:
@@ -177,6 +184,7 @@ def _plan_layer(
     layer: keras.layers.Layer,
     positions: dict[int, int],
     owners: Mapping[int, Sequence[keras.layers.Layer]],
+    reads_inputs: bool,
 ) -> list[LayerPlan]:
     plans = []
     for spec in linear_maps(layer):
@@ -193,6 +201,7 @@ def _plan_layer(
                 layout=spec.layout,
                 block=spec.block,
                 bases=class_names(layer)[1:],
+                reads_inputs=reads_inputs,
             )
         )
     return plans

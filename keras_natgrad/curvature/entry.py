@@ -56,6 +56,8 @@ class BlockOptions:
         damp_bias: Whether an input factor damps the bias too.
         relative_damping: Whether the damping of an input factor counts in
             its mean eigenvalues.
+        scale_features: Whether layers that read the model's inputs get
+            "feature_scaled" for the default block.
     """
 
     block: Choices = "kronecker"
@@ -65,6 +67,7 @@ class BlockOptions:
     damping_split: str = "layer"
     damp_bias: bool = True
     relative_damping: bool = False
+    scale_features: bool = False
 
     def __post_init__(self) -> None:
         for argument in ("block", "weight_sharing"):
@@ -105,10 +108,12 @@ class BlockOptions:
         assert isinstance(default, str)
         if isinstance(self.block, Mapping):
             chosen = first_match(self.block, layer.label)
+        else:
+            chosen = None if self.block == default else self.block
+        if chosen or layer.block:
             return chosen or layer.block or default
-        if self.block == default:
-            return layer.block or default
-        return self.block
+        scaled = self.scale_features and layer.reads_inputs
+        return "feature_scaled" if scaled else default
 
     def sharing_of(self, layer: LayerPlan) -> str:
         """Returns a layer's weight sharing: chosen, or the default."""

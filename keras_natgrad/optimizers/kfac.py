@@ -180,7 +180,12 @@ class KFAC(PreconditionedOptimizer):
         self._hide(
             "block_options",
             BlockOptions(
-                block, weight_sharing, max_factor_size, fallback, damping_split
+                block,
+                weight_sharing,
+                max_factor_size,
+                fallback,
+                damping_split,
+                scale_features=True,
             ),
         )
         self.log_statistics = log_statistics

@@ -35,6 +35,7 @@ from keras_natgrad.step import (
 from keras_natgrad.step.directions import (
     Ridge,
     dot,
+    in_metric,
     l2_curvature,
     pad_gram,
     pad_pair,
@@ -227,7 +228,10 @@ class PreconditionedOptimizer(RetractingOptimizer):
         self._refresh_if(due & ~forced)
 
     def _pulled(self, gradients: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
-        """Returns `∇ + λ μ φ₋₁` of SPRING, or the gradient as it is."""
+        """Returns `∇ + λ μ D φ₋₁` of SPRING, or the gradient as it is.
+
+        D is the metric of the damping, `Block.damping_rows`.
+        """
         if not self.length.spring:
             return gradients
         # The last update is −α φ₋₁; zero where it was taken back.
@@ -236,7 +240,11 @@ class PreconditionedOptimizer(RetractingOptimizer):
             self.state.last("learning_rate"),
         )
         last = self.curvature.to_matrices(self._velocities)
-        return [g + pull * v for g, v in zip(gradients, last, strict=True)]
+        metrics = [e.block.damping_rows() for e in self.curvature.entries]
+        return [
+            g + pull * in_metric(v, rows)
+            for g, v, rows in zip(gradients, last, metrics, strict=True)
+        ]
 
     def _search(
         self, observation: Observation, solved: Sequence[tf.Tensor]
@@ -270,8 +278,9 @@ class PreconditionedOptimizer(RetractingOptimizer):
         # The first candidate enters with its sign here, once.
         signs = tf.constant([-1.0, 1.0], rate.dtype)
         gram = self._gram(observation, candidates)
+        metrics = [e.block.damping_rows() for e in self.curvature.entries]
         damped = gram + ridge_gram(
-            candidates, self.state.damping.value, self._ridge_rows
+            candidates, self.state.damping.value, self._ridge_rows, metrics
         )
         slopes = pad_pair([dot(gradients, each) for each in candidates])
         gram *= signs[:, tf.newaxis] * signs

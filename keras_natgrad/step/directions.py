@@ -46,13 +46,15 @@ def ridge_gram(
     directions: Sequence[Direction],
     damping: tf.Tensor,
     ridge: Sequence[Ridge],
+    metrics: Sequence[tf.Tensor | None],
 ) -> tf.Tensor:
-    """Returns `δ_iᵀ (λ I + R) δ_j` with R the curvature of regularizers.
+    """Returns `δ_iᵀ (λ D + R) δ_j` with R the curvature of regularizers.
 
     Args:
         directions: One or two directions.
         damping: Scalar λ.
         ridge: `Ridge` of every block.
+        metrics: The diagonal D of every block, see `in_metric`.
 
     Returns:
         Tensor `[2, 2]`, padded with zeros.
@@ -60,8 +62,13 @@ def ridge_gram(
 
     def entry(left: Direction, right: Direction) -> tf.Tensor:
         parts = []
-        for a, b, own in zip(left, right, ridge, strict=True):
-            parts.append((damping + scalar(own.rest, a.dtype)) * _inner(a, b))
+        for a, b, own, rows in zip(left, right, ridge, metrics, strict=True):
+            rest = scalar(own.rest, a.dtype)
+            if rows is None:
+                parts.append((damping + rest) * _inner(a, b))
+            else:
+                parts.append(damping * _inner(in_metric(a, rows), b))
+                parts.append(rest * _inner(a, b))
             if own.last != own.rest:
                 extra = scalar(own.last - own.rest, a.dtype)
                 parts.append(extra * _inner(a[..., -1, :], b[..., -1, :]))
@@ -77,6 +84,16 @@ def ridge_gram(
             tf.stack([cross, entry(others[0], others[0])]),
         ]
     )
+
+
+def in_metric(matrix: tf.Tensor, rows: tf.Tensor | None) -> tf.Tensor:
+    """Returns `D δ` for the diagonal metric D of a block's damping.
+
+    Args:
+        matrix: Tensor `[..., rows, columns]`.
+        rows: Tensor `[rows]`, the entries of D; `None` for the identity.
+    """
+    return matrix if rows is None else rows[:, tf.newaxis] * matrix
 
 
 def l2_curvature(regularizer: Any) -> float:

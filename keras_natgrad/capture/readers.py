@@ -1,0 +1,61 @@
+"""Layers whose features are the inputs of the model, in the user's units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_natgrad._compat import LayerGraph, layer_graph
+
+# Layers after which a feature is still one feature of the input.
+_KEEPING_FEATURES = (
+    keras.layers.Concatenate,
+    keras.layers.Dropout,
+    keras.layers.Flatten,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.Identity,
+    keras.layers.Permute,
+    keras.layers.Rescaling,
+    keras.layers.Reshape,
+)
+
+
+def readers_of_inputs(model: keras.Model) -> set[int]:
+    """Returns the `id`s of the dense layers that read a model's inputs.
+
+    Only sequential and functional models say how their layers are connected.
+
+    Args:
+        model: A built model.
+    """
+    graph = layer_graph(model)
+    if graph is None:
+        return set()
+    readers: set[int] = set()
+    for source in graph.inputs:
+        readers |= _readers_of(source, graph)
+    return readers
+
+
+def _readers_of(source: int, graph: LayerGraph) -> set[int]:
+    readers: set[int] = set()
+    seen = {source}
+    waiting = [source]
+    while waiting:
+        for layer in graph.consumers.get(waiting.pop(), []):
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            if isinstance(layer, keras.layers.Dense):
+                readers.add(id(layer))
+            elif _keeps_features(layer):
+                waiting.append(id(layer))
+            elif isinstance(layer, keras.Model):
+                readers |= readers_of_inputs(layer)
+    return readers
+
+
+def _keeps_features(layer: Any) -> bool:
+    return isinstance(layer, _KEEPING_FEATURES)
