@@ -87,9 +87,7 @@ def proximal(problem, weight, distance):
     )
     # Polished: the last digits of the gradient, not of the value.
     return scipy.optimize.root(
-        lambda w: (
-            problem.gradient(w) / weight + distance(problem, start, w)[1]
-        ),
+        lambda w: problem.gradient(w) / weight + distance(problem, start, w)[1],
         found.x,
         jac=lambda w: (
             problem.fisher(w) / weight + distance(problem, start, w)[2]

@@ -141,9 +141,7 @@ def test_expected_outer_product_of_scores_is_the_pullback(problem):
         w[:SPLIT].reshape(INPUTS, HIDDEN),
         w[SPLIT:].reshape(HIDDEN, CLASSES),
     ]
-    network = Network(
-        matrices, [False, False], [Linear(0, "tanh"), Linear(1)]
-    )
+    network = Network(matrices, [False, False], [Linear(0, "tanh"), Linear(1)])
     term = Term("categorical", np.full((EXAMPLES, 1), 1 / EXAMPLES))
     dense = fisher.dense(network.trace(x), [term])
     np.testing.assert_allclose(dense, expected, **EXACT)
