@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
+from benchmarks.data import ill_conditioned_data as draw
 from benchmarks.tasks import TASKS, Autoencoder, IllConditioned, make_task
-from benchmarks.tasks import ill_conditioned_data as draw
 
 
 @pytest.fixture
