@@ -20,10 +20,6 @@ from benchmarks.data import normal_kernel, weight_generator
 STAGES = (16, 32, 64)
 BLOCKS = 3
 
-MOVING_MOMENTUM = 0.9
-"""Of the moving statistics. A run takes some hundred steps; with Keras's 0.99
-the first values would still have a weight of 0.37 after 100."""
-
 
 def build_resnet(
     size: int,
@@ -60,11 +56,31 @@ def build_resnet(
     return model
 
 
+def estimate_statistics(model: keras.Model, x) -> None:
+    """Sets all moving statistics to those of one batch.
+
+    Args:
+        model: A model with batch normalisation at its top level.
+        x: The batch.
+    """
+    layers = [
+        layer
+        for layer in model.layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    model(x, training=True)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
 def _convolution(x, channels: int, strides: int = 1):
     x = keras.layers.Conv2D(
         channels, 3, strides=strides, padding="same", use_bias=False
     )(x)
-    return keras.layers.BatchNormalization(momentum=MOVING_MOMENTUM)(x)
+    return keras.layers.BatchNormalization()(x)
 
 
 def _block(x, channels: int, strides: int):
