@@ -85,8 +85,8 @@ class Task:
         return sum(math.prod(weight.shape) for weight in weights)
 
     def loss(self) -> keras.losses.Loss:
-        """Returns the training loss."""
-        raise NotImplementedError
+        """Returns the training loss: that of classes, unless overridden."""
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     def build_model(self, seed: int) -> keras.Model:
         """Builds the network with the weights that belong to a seed."""
@@ -212,9 +212,6 @@ class Classifier(DenseTask):
     tuning_steps = 8000
     steps_per_execution = 10
 
-    def loss(self) -> keras.losses.Loss:
-        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
 
 class MeanSquaredErrorTask(DenseTask):
     """A regression: the mean squared error is both loss and metric."""
@@ -272,8 +269,8 @@ class ResNet20(Task):
     one would use the network. Those averaged in training lag behind: over a
     few hundred steps they make the metric of any method jump by a factor of
     two or three, and what is measured then is the lag. They are therefore
-    estimated anew before each evaluation. Adam with a constant learning rate
-    reaches the target after some TODO steps.
+    estimated anew before each evaluation. Adam reaches the target after some
+    200 steps under a cosine, and 300 or more with a constant learning rate.
 
     Attributes:
         statistics: Training images that the statistics are estimated on.
@@ -281,16 +278,13 @@ class ResNet20(Task):
 
     name = "resnet20"
     metric = "cross-entropy, first 2 000 test images"
-    target = 0.05
+    target = 0.06
     default_batch_size = 128
     eval_every = 10
     eval_batch = 500
     statistics = 1000
     seconds = 300.0
     tuning_steps = 600
-
-    def loss(self) -> keras.losses.Loss:
-        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     def build_model(self, seed: int) -> keras.Model:
         return build_resnet(self.train[0].shape[1], 10, seed)
@@ -303,7 +297,7 @@ class ResNet20(Task):
 class Transformer(Task):
     """A character-level transformer on the help texts of Python.
 
-    Adam with a constant learning rate reaches the target after some TODO
+    Adam with a constant learning rate reaches the target after some 650
     steps.
     """
 
@@ -332,9 +326,6 @@ class Transformer(Task):
     @property
     def loss_scale(self) -> float:
         return 1.0 / self.context
-
-    def loss(self) -> keras.losses.Loss:
-        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     def build_model(self, seed: int) -> keras.Model:
         return build_transformer(len(self.vocabulary), self.context, seed)
