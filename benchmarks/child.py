@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tasks import Task
+from benchmarks.tasks import DenseTask
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,7 +91,7 @@ class ChildContender:
 
 
 def kfac_jax_contender(
-    python: str, task: Task, seed: int, data: str
+    python: str, task: DenseTask, seed: int, data: str
 ) -> ChildContender:
     """Starts kfac-jax with its published recipe on the autoencoder.
 

@@ -4,6 +4,9 @@ Every time is the median of repeats that alternate between the sizes of a row;
 exponents are slopes of a straight line through the logarithms.
 
     python -m benchmarks.costs --out benchmarks/results/costs.json
+
+`--memory` measures the kernel solver's peak memory only (`memory.py`) and
+leaves the times in the file as they are.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_natgrad as kng
+from benchmarks.memory import memory_of_steps
 from keras_natgrad.solvers import Kernel, System
 
 REPEATS = 9
@@ -212,7 +216,11 @@ def main() -> None:
     """Measures, prints and writes everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
+    if arguments.memory:
+        add_memory(arguments.out)
+        return
     rows = {**head_products(), **kernel_steps()}
     results: dict[str, Any] = {}
     for name, (sizes, times) in rows.items():
@@ -239,6 +247,16 @@ def main() -> None:
     )
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=1))
+    add_memory(arguments.out)
+
+
+def add_memory(path: Path | None) -> None:
+    """Measures and prints memory, and adds it to a file of results."""
+    found = memory_of_steps()
+    if path:
+        results = json.loads(path.read_text()) if path.exists() else {}
+        results["memory"] = found
+        path.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

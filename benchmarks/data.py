@@ -7,6 +7,7 @@ environment without Keras sees the same numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -48,6 +49,53 @@ def load_mnist(path: str | Path | None = None) -> dict[str, np.ndarray]:
     return arrays
 
 
+def images(x: np.ndarray) -> np.ndarray:
+    """Returns flat square images as `(size, height, width, 1)`."""
+    side = math.isqrt(x.shape[1])
+    return x.reshape(-1, side, side, 1)
+
+
+def standardise(values: np.ndarray) -> np.ndarray:
+    """Shifts and scales every column to mean zero and variance one."""
+    return (values - values.mean(0)) / values.std(0)
+
+
+def diabetes_data() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the standardised diabetes data of scikit-learn."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = load_diabetes(return_X_y=True)
+    return (
+        standardise(x).astype("float32"),
+        standardise(y[:, None]).astype("float32"),
+    )
+
+
+def ill_conditioned_data(
+    size: int, features: int = 20, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the ill-conditioned regression.
+
+    Args:
+        size: Number of points.
+        features: Number of input features.
+        seed: Seed of the rotation, the teacher and the points.
+
+    Returns:
+        Inputs `(size, features)` and targets `(size, 1)`, the targets
+        standardised.
+    """
+    generator = np.random.default_rng(seed)
+    rotation, _ = np.linalg.qr(generator.normal(size=(features, features)))
+    hidden = generator.normal(size=(features, 16)) / np.sqrt(features)
+    readout = generator.normal(size=(16, 1))
+    white = generator.normal(size=(size, features))
+    scales = np.logspace(0.0, -3.0, features)
+    x = (white * scales) @ rotation * np.sqrt(features)
+    y = standardise(np.tanh(white @ hidden) @ readout)
+    return x.astype("float32"), y.astype("float32")
+
+
 def batch_indices(
     size: int, batch_size: int, seed: int
 ) -> Iterator[np.ndarray]:
@@ -70,6 +118,11 @@ def batch_indices(
             yield generator.integers(0, size, batch_size)
 
 
+def weight_generator(seed: int) -> np.random.Generator:
+    """Returns the generator of the initial weights that belong to a seed."""
+    return np.random.default_rng([seed, 1])
+
+
 def glorot_uniform(sizes: Sequence[int], seed: int) -> Weights:
     """Draws the initial weights of a stack of dense layers.
 
@@ -80,10 +133,34 @@ def glorot_uniform(sizes: Sequence[int], seed: int) -> Weights:
     Returns:
         One `(kernel, bias)` pair a layer; the biases are zero.
     """
-    generator = np.random.default_rng([seed, 1])
+    generator = weight_generator(seed)
     weights = []
     for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
         limit = np.sqrt(6.0 / (fan_in + fan_out))
         kernel = generator.uniform(-limit, limit, (fan_in, fan_out))
         weights.append((kernel.astype("float32"), np.zeros(fan_out, "f")))
     return weights
+
+
+def normal_kernel(
+    shape: Sequence[int],
+    gain: float,
+    generator: np.random.Generator,
+    input_axes: int | None = None,
+) -> np.ndarray:
+    """Draws a kernel of variance `gain` over the number of inputs.
+
+    Args:
+        shape: Shape of the kernel.
+        gain: Variance of an output over the mean square of the inputs.
+        generator: From `weight_generator`.
+        input_axes: Leading axes that are inputs; all but the last one when
+            `None`.
+
+    Returns:
+        The kernel, normally distributed.
+    """
+    shape = tuple(shape)
+    axes = len(shape) - 1 if input_axes is None else input_axes
+    scale = np.sqrt(gain / np.prod(shape[:axes]))
+    return generator.normal(0.0, scale, shape).astype("float32")

@@ -9,6 +9,8 @@ from typing import Any
 
 import keras
 
+from benchmarks.muon import Muon
+
 FIRST_ORDER = ("sgd", "adam", "muon")
 CURVATURE = {"kfac": "KFAC", "rngd": "RNGD", "prong": "PRONG"}
 
@@ -144,7 +146,7 @@ def _muon(**options) -> keras.optimizers.Optimizer:
         "weight_decay": None,
         "adam_weight_decay": None,
     }
-    return keras.optimizers.Muon(**{**defaults, **options})
+    return Muon(**{**defaults, **options})
 
 
 _FACTORIES = {"sgd": _sgd, "adam": keras.optimizers.Adam, "muon": _muon}

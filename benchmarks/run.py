@@ -121,14 +121,9 @@ def race_all(
         "metric": task.metric,
         "target": budget.target,
         "batch_size": task.batch_size,
-        "parameters": sum(
-            (fan_in + 1) * fan_out
-            for fan_in, fan_out in zip(
-                task.sizes[:-1], task.sizes[1:], strict=True
-            )
-        ),
+        "parameters": task.parameters,
         "eval_every": budget.eval_every,
-        "l2": task.l2,
+        "l2": options.l2,
         "seeds": options.seeds,
         "environment": environment(),
         "runs": records,

@@ -57,14 +57,15 @@ def _retry(
     damping: tf.Tensor,
 ) -> DampedInverse:
     """Returns `function(M + damping I)`, with more damping until finite."""
-    identity = tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
-    mean_diagonal = tf.reduce_mean(tf.linalg.diag_part(matrix), axis=-1)
+    diagonal = tf.linalg.diag_part(matrix)
+    mean_diagonal = tf.reduce_mean(diagonal, axis=-1)
     # A retry must raise the damping to something that rounding can see, also
     # when it was zero or tiny.
     smallest = tf.cast(rounding(matrix.dtype), matrix.dtype) * mean_diagonal
 
     def attempt(total: tf.Tensor) -> tf.Tensor:
-        return function(matrix + total[..., tf.newaxis, tf.newaxis] * identity)
+        damped = tf.linalg.set_diag(matrix, diagonal + total[..., tf.newaxis])
+        return function(damped)
 
     def failed(result: tf.Tensor) -> tf.Tensor:
         return tf.logical_not(tf.math.is_finite(tf.reduce_sum(result)))
@@ -84,7 +85,7 @@ def _retry(
         (damping, attempt(damping), tf.constant(0, tf.int32)),
     )
     succeeded = tf.logical_not(failed(result))
-    result = tf.where(succeeded, result, tf.zeros_like(result))
+    result = tf.where(succeeded, result, tf.zeros([], result.dtype))
     return DampedInverse(result, retries, succeeded)
 
 

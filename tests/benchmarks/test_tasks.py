@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
+from benchmarks.data import ill_conditioned_data as draw
 from benchmarks.tasks import TASKS, Autoencoder, IllConditioned, make_task
-from benchmarks.tasks import ill_conditioned_data as draw
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_autoencoder_metric_is_the_squared_error_per_image(autoencoder):
     np.testing.assert_allclose(
         autoencoder.evaluate(model), error.sum(1).mean(), rtol=1e-5
     )
-    assert model.count_params() == 2_837_314
+    assert model.count_params() == autoencoder.parameters == 2_837_314
 
 
 def test_l2_penalty_belongs_to_the_summed_loss(autoencoder):
@@ -101,3 +101,15 @@ def test_mnist_tasks_read_the_file(tmp_path):
     x, y = make_task("classifier", path).train
     np.testing.assert_array_equal(y, arrays["y_train"])
     assert x[3, 5] == pytest.approx(arrays["x_train"][3, 0, 5] / 255)
+    task = make_task("resnet20", path)
+    x, y = task.train
+    np.testing.assert_array_equal(y, arrays["y_train"])
+    np.testing.assert_allclose(
+        x[3, ..., 0], arrays["x_train"][3] / 255, rtol=1e-6
+    )
+    held_out, y = task.evaluation
+    np.testing.assert_array_equal(y, arrays["y_test"])
+    np.testing.assert_allclose(
+        held_out[..., 0], arrays["x_test"] / 255, rtol=1e-6
+    )
+    assert task.parameters == 269_434  # Without the moving statistics.

@@ -169,3 +169,61 @@ def test_optimizer_makes_the_same_steps(solver):
         model.train_on_batch(x, labels[:, np.newaxis])
         found = np.ravel(model.layers[0].kernel)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
+# -- Adam ----------------------------------------------------------------
+
+
+def one_step_of_adam(w):
+    """The second moment, without its bias towards zero, and the step."""
+    x, labels, _ = two_gaussians()
+    model = keras.Sequential(
+        [keras.Input((2,)), keras.layers.Dense(1, use_bias=False)]
+    )
+    kernel = model.layers[0].kernel
+    kernel.assign(w[:, np.newaxis])
+    # Powers of two, as Keras rounds these numbers to float32.
+    optimizer = keras.optimizers.Adam(2.0**-7, 0.5, 0.5, epsilon=1e-12)
+    model.compile(optimizer, keras.losses.BinaryCrossentropy(from_logits=True))
+    model.train_on_batch(x, labels[:, np.newaxis])
+    (second,) = (v for v in optimizer.variables if "velocity" in v.path)
+    step = np.ravel(kernel) - w
+    return np.ravel(second) / (1 - optimizer.beta_2), step
+
+
+@pytest.mark.usefixtures("float64")
+def test_second_moment_of_adam_is_not_a_diagonal_fisher():
+    """It is the square of the mean gradient, and enters by its root.
+
+    The text takes it for the Fisher "constrained to be diagonal". Near the
+    solution it vanishes, while the diagonals of the Fisher and of the
+    empirical Fisher do not; and the step is the sign of the gradient, not
+    `∇ / v`.
+    """
+    x, labels, start = two_gaussians()
+    for w in (start, iterates("fisher")[4]):
+        mean = scores(x, labels, w).mean(axis=0)
+        found, step = one_step_of_adam(w)
+        np.testing.assert_allclose(found, mean**2, rtol=1e-9)
+        np.testing.assert_allclose(step, -np.sign(mean) / 128, rtol=1e-6)
+    empirical = np.mean(scores(x, labels, w) ** 2, axis=0)
+    exact = np.diag(true_fisher(x, labels, w))
+    assert np.all(found < 1e-2 * empirical)
+    assert np.all(found < 1e-2 * exact)
+
+
+def test_fisher_of_a_canonical_link_is_the_hessian():
+    """F as "drop-in replacement": for logistic regression it is the Hessian.
+
+    For networks it is not: tests/reference/test_pullback.py.
+    """
+    x, labels, start = two_gaussians()
+    steps = 1e-5 * np.eye(2)
+    numeric = [
+        scores(x, labels, start + e).mean(0)
+        - scores(x, labels, start - e).mean(0)
+        for e in steps
+    ]
+    np.testing.assert_allclose(
+        np.array(numeric) / 2e-5, true_fisher(x, labels, start), rtol=1e-8
+    )

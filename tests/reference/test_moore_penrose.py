@@ -155,6 +155,90 @@ def test_damped_forms_agree(grid, damping):
     assert relative(woodbury, np.linalg.solve(big, g)) < 1e-10
 
 
+# -- Least squares and the shortest solution -----------------------------
+
+
+def test_inverse_of_a_factor():
+    """`G⁺ = (GᵀG)⁻¹ Gᵀ` for independent columns, `Gᵀ (GGᵀ)⁻¹` for rows.
+
+    With independent rows `G⁺ G` is not the identity, so nothing cancels to
+    the right of `F_η⁻¹`, as the source says itself.
+    """
+    rng = np.random.default_rng(0)
+    tall, wide = rng.normal(size=(20, 5)), rng.normal(size=(5, 20))
+    found = np.linalg.solve(tall.T @ tall, tall.T)
+    np.testing.assert_allclose(found, pinv(tall), **EXACT)
+    np.testing.assert_allclose(found @ tall, np.eye(5), **EXACT)
+    found = np.linalg.solve(wide @ wide.T, wide).T
+    np.testing.assert_allclose(found, pinv(wide), **EXACT)
+    assert np.linalg.norm(found @ wide - np.eye(20)) > 3.0
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_first_order_condition_has_a_solution(grid):
+    """`0 = g + Fδ / α` "doesn't necessarily have a solution": it has.
+
+    The gradient of the likelihood lies in the range of F, for any rank; so
+    `−α F⁺ g` minimises the model and does not only come near.
+    """
+    rng = np.random.default_rng(0)
+    _, _, fisher, gradient = softmax_batch(rng, *grid)
+    rate = 0.3
+    step = -rate * pinv(fisher) @ gradient
+    left = gradient + fisher @ step / rate
+    assert np.linalg.norm(left) < 1e-12 * np.linalg.norm(gradient)
+
+
+def test_model_without_a_minimum():
+    """A penalty on the weights leaves the range of F: no minimum is left.
+
+    The source supposes that a semi-definite F will do in the least-squares
+    case. `−α F⁺ g` is then stationary in the range only, and the model falls
+    without bound along the rest of g.
+    """
+    rng = np.random.default_rng(0)
+    _, _, fisher, gradient = softmax_batch(rng, 3, 40, None)
+    g = gradient + 0.1 * rng.normal(size=40)
+    step = -pinv(fisher) @ g
+    outside = g + fisher @ step
+    assert np.linalg.norm(outside) > 0.1
+    np.testing.assert_allclose(fisher @ outside, 0, atol=1e-12)
+
+    def model(d):
+        return d @ g + 0.5 * d @ fisher @ d
+
+    values = [model(step - t * outside) - model(step) for t in (1, 10, 1e3)]
+    expected = -np.array([1, 10, 1e3]) * (outside @ outside)
+    np.testing.assert_allclose(values, expected, rtol=1e-9)
+
+
+def test_solutions_differ_where_the_outputs_do_not():
+    """`−F⁺ g` is the shortest of many minima, "which may be irrelevant".
+
+    All have the same model value and the same change of the outputs. The
+    shortest one depends on the coordinates: in `θ = T φ` another is taken, by
+    which the outputs change as well as before.
+    """
+    rng = np.random.default_rng(0)
+    g, f = rng.normal(size=(20, 5)), covariance(rng, 5)
+    fisher, gradient = g @ f @ g.T, g @ rng.normal(size=5)
+    step = -pinv(fisher) @ gradient
+    null = rng.normal(size=20)
+    null -= g @ pinv(g) @ null
+    other = step + null
+
+    def model(d):
+        return d @ gradient + 0.5 * d @ fisher @ d
+
+    np.testing.assert_allclose(model(other), model(step), **EXACT)
+    np.testing.assert_allclose(g.T @ other, g.T @ step, **EXACT)
+    assert np.linalg.norm(other) > 1.5 * np.linalg.norm(step)
+    t = rng.normal(size=(20, 20))
+    moved = -t @ pinv(t.T @ fisher @ t) @ (t.T @ gradient)
+    np.testing.assert_allclose(g.T @ moved, g.T @ step, rtol=0, atol=1e-9)
+    assert np.linalg.norm(moved - step) > 0.5 * np.linalg.norm(step)
+
+
 # -- float32 -------------------------------------------------------------
 
 DAMPINGS = (1e-2, 1e-4, 1e-6, 1e-8)

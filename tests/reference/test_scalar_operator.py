@@ -5,11 +5,14 @@ Jacobian-vector and a vector-Jacobian product of the *scalar* mean loss, which
 is `ḡ (ḡᵀ v)`, and not of the network's outputs.
 """
 
+import keras
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 import tensorflow as tf
 
+from keras_natgrad.solvers import Dense, Kernel
+from keras_natgrad.solvers.registry import check_memory
 from tests.reference import fisher, heads
 from tests.reference.heads import Term
 from tests.reference.network import Linear, Network
@@ -53,17 +56,17 @@ def mean_cross_entropy(vector, x, labels):
     return tf.reduce_mean(losses)
 
 
-def recipe(network, x, labels):
+def recipe(network, x, labels, sign=1.0):
     """The recipe's operator as a matrix, by automatic differentiation."""
     point = tf.constant(weights(network))
     columns = []
     for direction in np.eye(len(point)):
         with tf.autodiff.ForwardAccumulator(point, direction) as forward:
-            loss = mean_cross_entropy(point, x, labels)
+            loss = sign * mean_cross_entropy(point, x, labels)
         tangent = forward.jvp(loss)
         with tf.GradientTape() as tape:
             tape.watch(point)
-            loss = mean_cross_entropy(point, x, labels)
+            loss = sign * mean_cross_entropy(point, x, labels)
         columns.append(tape.gradient(loss, point, tangent).numpy())
     return np.stack(columns, axis=1)
 
@@ -134,3 +137,92 @@ def test_sampled_labels_deflate_one_direction(problem):
     np.testing.assert_allclose(
         off @ expected, off @ g / DAMPING, rtol=1e-9, atol=1e-9
     )
+
+
+def test_sign_of_the_likelihood_does_not_matter(problem):
+    """The exercise: the log-likelihood gives the product of its negative.
+
+    The operator is quadratic in the gradient.
+    """
+    negative = recipe(*problem, sign=-1.0)
+    np.testing.assert_allclose(negative, recipe(*problem), **EXACT)
+
+
+# -- What the text says about the pieces ---------------------------------
+
+
+def test_modes_of_the_two_products():
+    """`J v` is forward mode and `vᵀ J` reverse mode; the text swaps them.
+
+    v has the size of the input for the first, of the output for the second;
+    the text has these the other way round as well.
+    """
+    matrix = np.random.default_rng(0).normal(size=(3, 5))
+    point, into, out = tf.ones([5], tf.float64), np.arange(5.0), np.arange(3.0)
+    with tf.autodiff.ForwardAccumulator(point, tf.constant(into)) as forward:
+        result = tf.linalg.matvec(matrix, point)
+    np.testing.assert_allclose(forward.jvp(result), matrix @ into, **EXACT)
+    with tf.GradientTape() as tape:
+        tape.watch(point)
+        result = tf.linalg.matvec(matrix, point)
+    found = tape.gradient(result, point, output_gradients=tf.constant(out))
+    np.testing.assert_allclose(found, out @ matrix, **EXACT)
+    wrong = tf.constant(out)
+    with pytest.raises(ValueError, match="3 elements"):
+        with tf.autodiff.ForwardAccumulator(point, wrong):
+            tf.linalg.matvec(matrix, point)
+
+
+def test_what_conjugate_gradients_minimise(problem):
+    """Not "argmin A x = b" but `½ xᵀAx − bᵀx`, of a definite matrix.
+
+    The solution is reached by products alone. A direction of the null space
+    in b is never reached: the residual keeps its norm.
+    """
+    network, x, labels = problem
+    exact = fisher.dense(network.trace(x), terms(labels))
+    matrix = exact + 0.1 * np.eye(len(exact))
+    b = gradient(network, x, labels)
+    operator = scipy.sparse.linalg.LinearOperator(
+        matrix.shape, matvec=lambda v: matrix @ v, dtype=np.float64
+    )
+    iterates = []
+    found, _ = scipy.sparse.linalg.cg(
+        operator,
+        b,
+        rtol=1e-12,
+        callback=lambda v: iterates.append(v.copy()),
+    )
+    np.testing.assert_allclose(
+        found, np.linalg.solve(matrix, b), rtol=1e-9, atol=1e-11
+    )
+    values = [0.5 * v @ matrix @ v - b @ v for v in iterates[:8]]
+    assert np.all(np.diff(values) < 0)
+    _, vectors = np.linalg.eigh(exact)
+    null = vectors[:, 0]
+    np.testing.assert_allclose(exact @ null, 0, atol=1e-14)
+    solution = np.linalg.pinv(exact, rcond=1e-10) @ (b + null)
+    missing = b + null - exact @ solution
+    np.testing.assert_allclose(missing, null, rtol=0, atol=1e-12)
+
+
+def test_sizes_of_the_mnist_example():
+    """784-128-10 has 101 632 weights, not 97 000: 784, not 754, inputs.
+
+    Its Fisher has 1.03e10 values, "over 9 billion" by either count, and is
+    refused; the kernel of a batch of 128 has 1280 columns and fits.
+    """
+    model = keras.Sequential(
+        [
+            keras.Input((784,)),
+            keras.layers.Dense(128, "relu", use_bias=False),
+            keras.layers.Dense(10, use_bias=False),
+        ]
+    )
+    size, columns = model.count_params(), 1280
+    assert size == 101_632
+    assert 754 * 128 + 128 * 10 == 97_792
+    assert 9e9 < 97_000**2 < size**2 < 1.04e10
+    with pytest.raises(ValueError, match="more than max_elements"):
+        check_memory(Dense(), size, columns, 2**28)
+    check_memory(Kernel(), size, columns, 2**28)
