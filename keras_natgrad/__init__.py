@@ -19,7 +19,12 @@ from keras_natgrad.blocks import register_block
 from keras_natgrad.capture import CurvatureTape, register_layer
 from keras_natgrad.fisher import fisher
 from keras_natgrad.optimizers import KFAC, PRONG, RNGD, NaturalGradient
-from keras_natgrad.step import LevenbergMarquardt, LineSearch, Spring
+from keras_natgrad.step import (
+    LevenbergMarquardt,
+    LineSearch,
+    QuadraticModel,
+    Spring,
+)
 from keras_natgrad.training import ResidualModel
 from keras_natgrad.version import __version__
 
@@ -32,6 +37,7 @@ __all__ = [
     "LineSearch",
     "NaturalGradient",
     "ResidualModel",
+    "QuadraticModel",
     "Spring",
     "__version__",
     "blocks",

@@ -70,7 +70,7 @@ class KroneckerBlock(Block):
     """
 
     kind = "kronecker"
-    options = ("weight_sharing", "max_factor_size", "sides")
+    options: tuple[str, ...] = ("weight_sharing", "max_factor_size", "sides")
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ _FALLBACKS: dict[str, type[GradientBlock]] = {
     "plain": PlainGradientBlock,
 }
 _SHARING = ("expand", "reduce")
+_AUTO = "auto"
 # One name for all layers, or one per pattern.
 Choices: TypeAlias = str | Mapping[Any, str]
 
@@ -44,7 +45,10 @@ class BlockOptions:
     Attributes:
         block: Block name for captured layers, or a dictionary of patterns
             (see `capture.patterns`) and names. The first pattern that matches
-            counts; layers without one get the default.
+            counts; layers without one get the default, `"auto"`:
+            `"feature_scaled"` for dense layers that read the model's inputs,
+            `"kronecker"` for the rest. With both of these, layers that a
+            Kronecker product does not suit get their own block.
         weight_sharing: `"expand"` or `"reduce"`, for Kronecker factors, or a
             dictionary likewise.
         max_factor_size: Largest side of a dense Kronecker factor.
@@ -56,18 +60,15 @@ class BlockOptions:
         damp_bias: Whether an input factor damps the bias too.
         relative_damping: Whether the damping of an input factor counts in
             its mean eigenvalues.
-        scale_features: Whether layers that read the model's inputs get
-            "feature_scaled" for the default block.
     """
 
-    block: Choices = "kronecker"
+    block: Choices = _AUTO
     weight_sharing: Choices = "expand"
     max_factor_size: int = 4096
     fallback: str = "auto"
     damping_split: str = "layer"
     damp_bias: bool = True
     relative_damping: bool = False
-    scale_features: bool = False
 
     def __post_init__(self) -> None:
         for argument in ("block", "weight_sharing"):
@@ -79,7 +80,8 @@ class BlockOptions:
                 }
                 object.__setattr__(self, argument, named)
         for kind in _values(self.block):
-            check_kind(kind)
+            if kind != _AUTO:
+                check_kind(kind)
         for sharing in _values(self.weight_sharing):
             if sharing not in _SHARING:
                 raise ValueError(
@@ -104,16 +106,16 @@ class BlockOptions:
 
     def block_of(self, layer: LayerPlan) -> str:
         """Returns a layer's block: chosen, its own, or the default."""
-        default = BlockOptions.block
-        assert isinstance(default, str)
-        if isinstance(self.block, Mapping):
-            chosen = first_match(self.block, layer.label)
-        else:
-            chosen = None if self.block == default else self.block
-        if chosen or layer.block:
-            return chosen or layer.block or default
-        scaled = self.scale_features and layer.reads_inputs
-        return "feature_scaled" if scaled else default
+        chosen = self.block
+        if isinstance(chosen, Mapping):
+            chosen = first_match(chosen, layer.label) or _AUTO
+            if chosen != _AUTO:
+                return chosen
+        if chosen in (_AUTO, "kronecker") and layer.block:
+            return layer.block
+        if chosen == _AUTO:
+            return "feature_scaled" if layer.reads_inputs else "kronecker"
+        return chosen
 
     def sharing_of(self, layer: LayerPlan) -> str:
         """Returns a layer's weight sharing: chosen, or the default."""

@@ -19,7 +19,7 @@ from keras_natgrad.capture import (
     match_layers,
 )
 from keras_natgrad.capture.patterns import pattern_name
-from keras_natgrad.curvature import Backward, CapturedPass, OutputTerm
+from keras_natgrad.curvature import OutputTerm
 from keras_natgrad.optimizers.coverage import (
     check_batched,
     check_reached,
@@ -57,13 +57,9 @@ class Observation:
         records: One `LayerRecord` per captured layer, in plan order.
         usable: Scalar bool: loss and gradients finite, targets possible.
         surged: Scalar bool: the last step has to be taken back.
-        captured: The `CapturedPass`, once `observe` has made it.
-        backward: A backward pass of random cotangents, where one was made.
     """
 
     surged: tf.Tensor
-    captured: CapturedPass
-    backward: Backward | None = None
 
     def __init__(
         self,

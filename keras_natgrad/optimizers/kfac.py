@@ -15,6 +15,7 @@ from keras_natgrad.step import (
     StepLength,
     get_damping,
     get_line_search,
+    get_quadratic_model,
 )
 from keras_natgrad.step.damping import check_fraction, check_positive
 
@@ -64,20 +65,23 @@ class KFAC(PreconditionedOptimizer):
         refresh_growth: Warm-up of both periods: the gap after step t is at
             most `refresh_growth · t` steps. `None` for no warm-up. Defaults
             to `0.15`.
-        quadratic_model: How the quadratic model's `δᵀFδ` is computed.
-            `"exact"` multiplies by the batch's Fisher; `"estimated"` uses
-            the random cotangents of the statistics on 256 examples of the
-            batch, drawn by their share of the Fisher, at half the cost and a
-            relative error of some 9 %. Networks with fallback variables, and
-            `fisher="exact"` or `"empirical"`, always use the exact one.
-            Defaults to `"estimated"`.
+        quadratic_model: How the quadratic model's `δᵀFδ` is computed: a
+            `keras_natgrad.QuadraticModel`, `"exact"` for the batch's own at
+            every step, as in the literature, or `"estimated"` for
+            `QuadraticModel()`: estimated every fourth step and averaged.
+            Networks with fallback variables, and `fisher="exact"` or
+            `"empirical"`, never estimate. Defaults to `"estimated"`.
         norm_constraint: Largest `δᵀFδ` of an update, or `None`.
-        block: Block of captured layers: `"kronecker"`, `"diagonal"`,
+        block: Block of captured layers: `"kronecker"`, `"feature_scaled"`
+            (damping in each input feature's own unit), `"diagonal"`,
             `"full"`, `"input_factor"`, or a name given to
-            `keras_natgrad.register_block`. Or a dictionary `{pattern: name}`:
+            `keras_natgrad.register_block`; `"auto"` is `"feature_scaled"` for
+            dense layers that read the model's inputs and `"kronecker"` for
+            the rest. Or a dictionary `{pattern: name}`:
             a pattern is a layer's name or path, a glob (`"conv*"`,
             `"*/attention/*"`) or a layer class, the first
             that matches counts, and layers without one keep the default.
+            Defaults to `"auto"`.
         weight_sharing: `"expand"` or `"reduce"`, for layers that are applied
             at several positions, or a dictionary likewise.
         max_factor_size: A Kronecker factor with a longer side is kept as its
@@ -130,9 +134,9 @@ class KFAC(PreconditionedOptimizer):
         curvature_update_period: int = 10,
         inverse_update_period: int = 50,
         refresh_growth: float | None = 0.15,
-        quadratic_model: str = "estimated",
+        quadratic_model: Any = "estimated",
         norm_constraint: float | None = None,
-        block: Any = "kronecker",
+        block: Any = "auto",
         weight_sharing: Any = "expand",
         max_factor_size: int = 4096,
         fallback: str = "auto",
@@ -168,12 +172,7 @@ class KFAC(PreconditionedOptimizer):
                 curvature_update_period, inverse_update_period, refresh_growth
             ),
         )
-        if quadratic_model not in ("exact", "estimated"):
-            raise ValueError(
-                "`quadratic_model` must be 'exact' or 'estimated'. "
-                f"Received: quadratic_model={quadratic_model!r}"
-            )
-        self.quadratic_model = quadratic_model
+        self._hide("quadratic_model", get_quadratic_model(quadratic_model))
         if norm_constraint is not None:
             check_positive("norm_constraint", norm_constraint)
         self.norm_constraint = norm_constraint
@@ -185,7 +184,6 @@ class KFAC(PreconditionedOptimizer):
                 max_factor_size,
                 fallback,
                 damping_split,
-                scale_features=True,
             ),
         )
         self.log_statistics = log_statistics
@@ -222,7 +220,9 @@ class KFAC(PreconditionedOptimizer):
             curvature_update_period=self.refresh.curvature_period,
             inverse_update_period=self.refresh.inverse_period,
             refresh_growth=self.refresh.growth,
-            quadratic_model=self.quadratic_model,
+            quadratic_model=keras.saving.serialize_keras_object(
+                self.quadratic_model
+            ),
             norm_constraint=self.norm_constraint,
             block=_plain(self.block_options.block),
             weight_sharing=_plain(self.block_options.weight_sharing),

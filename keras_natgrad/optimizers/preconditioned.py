@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 from typing_extensions import override
@@ -14,53 +14,28 @@ from keras_natgrad.capture.positions import known_positions
 from keras_natgrad.curvature import (
     BlockDiagonal,
     BlockOptions,
-    CapturedPass,
-    estimated_gram,
-    fisher_gram,
-    random_cotangents,
 )
 from keras_natgrad.optimizers.base import Observation
-from keras_natgrad.optimizers.retraction import RetractingOptimizer
+from keras_natgrad.optimizers.modelled import ModelledOptimizer, SolvedModel
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.optimizers.summary import render_table
 from keras_natgrad.step import (
     LevenbergMarquardt,
+    QuadraticModel,
     Refresh,
     StepLength,
     TrialStep,
     is_multiple,
-    norm_scale,
-    quadratic_coefficients,
 )
 from keras_natgrad.step.directions import (
     Ridge,
-    dot,
     in_metric,
     l2_curvature,
-    pad_gram,
-    pad_pair,
-    ridge_gram,
 )
-from keras_natgrad.step.length import model_change, quadratic_form
 from keras_natgrad.step.update import apply_update
 
-# Examples of a batch that the estimated quadratic model looks at.
-_MODEL_EXAMPLES = 256
 
-
-class SolvedModel(NamedTuple):
-    """What the quadratic model says of the chosen update δ.
-
-    Attributes:
-        change: Predicted change of the loss.
-        fisher_share: `δᵀFδ / δᵀ(F + λI)δ`, in [0, 1].
-    """
-
-    change: tf.Tensor
-    fisher_share: tf.Tensor
-
-
-class PreconditionedOptimizer(RetractingOptimizer):
+class PreconditionedOptimizer(ModelledOptimizer):
     """Base class of optimizers with one Fisher block per layer.
 
     A subclass sets the settings below in its constructor; what happens in a
@@ -72,7 +47,7 @@ class PreconditionedOptimizer(RetractingOptimizer):
         refresh: `Refresh`, the periods.
         length: `StepLength`.
         block_options: `BlockOptions`.
-        quadratic_model: `"exact"` or `"estimated"`.
+        quadratic_model: `QuadraticModel`.
         curvature: `BlockDiagonal`, once built.
     """
 
@@ -80,7 +55,7 @@ class PreconditionedOptimizer(RetractingOptimizer):
     refresh: Refresh
     length: StepLength
     block_options: BlockOptions
-    quadratic_model: str
+    quadratic_model: QuadraticModel
     curvature: BlockDiagonal
 
     # -- State -----------------------------------------------------------
@@ -106,6 +81,7 @@ class PreconditionedOptimizer(RetractingOptimizer):
         if self.length.spring:
             # λ of the inverses in use.
             self._hide("_inverted_at", add("inverted_at", (), "zeros"))
+        self.build_model()
         ridge = [l2_curvature(variable.regularizer) for variable in variables]
         self._hide("_ridge", ridge)
         pairs = [
@@ -148,20 +124,11 @@ class PreconditionedOptimizer(RetractingOptimizer):
     def observe(self, observation: Observation) -> None:
         batches = self.state.count("batches")
         seed = tf.stack([tf.constant(self.seed, tf.int32), batches])
-        captured: CapturedPass | None = None
-        if self._estimates_model:
-            # The quadratic model needs this pass at every step; an update of
-            # the statistics then shares it.
-            captured = observation.captured = self._capture(observation)
-            observation.backward = captured.backward(
-                random_cotangents(observation.terms, self.fisher, seed)
-            )
 
         def update() -> tf.Tensor:
-            # Made here, it costs nothing on the steps between.
-            own = captured or self._capture(observation)
+            # Captured here, it costs nothing on the steps between.
             statistics = self.curvature.statistics(
-                own, self.fisher, seed, observation.backward
+                self._capture(observation), self.fisher, seed
             )
             self.curvature.accumulate(statistics, self.factor_decay)
             self.state.increment(curvature_updates=1)
@@ -173,17 +140,6 @@ class PreconditionedOptimizer(RetractingOptimizer):
         due = self.refresh.is_due(batches, self.state.update_at.value)
         tf.cond(due & observation.accepted, update, lambda: tf.constant(0))
         self.state.increment(batches=1)
-
-    def _capture(self, observation: Observation) -> CapturedPass:
-        """Returns the forward pass, ready to send cotangents back through."""
-        variables = _compat.optimizer_variables(self)
-        return CapturedPass(
-            observation.tape.gradient_tape,
-            observation.terms,
-            observation.records,
-            self.curvature.entries,
-            [variable.value for variable in variables],
-        )
 
     @override
     def curvature_step(
@@ -203,12 +159,13 @@ class PreconditionedOptimizer(RetractingOptimizer):
         self.state.end_surges(~forced)
         self._refresh_if(forced)
         matrices = self.curvature.to_matrices(gradients)
-        solved = self.curvature.precondition(self._pulled(matrices))
+        pulled = self._pulled(matrices)
+        solved = self.curvature.precondition(pulled)
         if self.line_search is not None:
             rate *= self._search(observation, solved)
         if self._needs_gram:
             coefficients, model = self._solve_model(
-                observation, matrices, solved, rate
+                observation, matrices, pulled, solved, rate
             )
         else:
             momentum = tf.constant(self.length.momentum, rate.dtype)
@@ -263,45 +220,6 @@ class PreconditionedOptimizer(RetractingOptimizer):
         rate, _ = self.line_search.search(trial.evaluate, loss)
         trial.take_back(tf.constant(True))
         return rate
-
-    def _solve_model(
-        self,
-        observation: Observation,
-        gradients: Sequence[tf.Tensor],
-        solved: Sequence[tf.Tensor],
-        rate: tf.Tensor,
-    ) -> tuple[tf.Tensor, SolvedModel]:
-        """Returns the coefficients of (−P∇, δ₋₁) and what they promise."""
-        candidates = [list(solved)]
-        if self.length.momentum != 0:
-            candidates.append(self.curvature.to_matrices(self._velocities))
-        # The first candidate enters with its sign here, once.
-        signs = tf.constant([-1.0, 1.0], rate.dtype)
-        gram = self._gram(observation, candidates)
-        metrics = [e.block.damping_rows() for e in self.curvature.entries]
-        damped = gram + ridge_gram(
-            candidates, self.state.damping.value, self._ridge_rows, metrics
-        )
-        slopes = pad_pair([dot(gradients, each) for each in candidates])
-        gram *= signs[:, tf.newaxis] * signs
-        damped *= signs[:, tf.newaxis] * signs
-        slopes *= signs
-        length = self.length
-        coefficients = quadratic_coefficients(damped, slopes, length, rate)
-        if length.automatic_rate:
-            coefficients *= tf.stack([rate, tf.ones_like(rate)])
-        if self.norm_constraint is not None:
-            coefficients *= norm_scale(
-                quadratic_form(gram, coefficients), self.norm_constraint
-            )
-        model = SolvedModel(
-            change=model_change(damped, slopes, coefficients),
-            fisher_share=tf.math.divide_no_nan(
-                quadratic_form(gram, coefficients),
-                quadratic_form(damped, coefficients),
-            ),
-        )
-        return coefficients, model
 
     def _move(
         self, solved: Sequence[tf.Tensor], coefficients: tf.Tensor
@@ -359,48 +277,6 @@ class PreconditionedOptimizer(RetractingOptimizer):
         if isinstance(self.damping, LevenbergMarquardt):
             damping *= self.damping.inverse_ratio
         return damping
-
-    @property
-    def _needs_gram(self) -> bool:
-        """Whether anything asks for `δᵀFδ`."""
-        return (
-            self.length.needs_model
-            or self.needs_objective
-            or self.norm_constraint is not None
-        )
-
-    @property
-    def _estimates_model(self) -> bool:
-        """Whether `δᵀFδ` comes from the random cotangents of the batch."""
-        return (
-            self._needs_gram
-            and self.quadratic_model == "estimated"
-            and self.fisher in ("propagated", "sampled")
-            and not self.curvature.plan.fallback
-        )
-
-    def _gram(
-        self, observation: Observation, candidates: Sequence[Any]
-    ) -> tf.Tensor:
-        """Returns `δ_iᵀ F δ_j` on the batch, zeros where nobody needs it."""
-        if not self._needs_gram:
-            return tf.zeros([2, 2], self.curvature_dtype)
-        if observation.backward is not None:
-            gram = estimated_gram(
-                observation.captured,
-                observation.backward,
-                candidates,
-                _MODEL_EXAMPLES,
-            )
-        else:
-            variables = _compat.optimizer_variables(self)
-            gram = fisher_gram(
-                observation.tape.gradient_tape,
-                observation.terms,
-                [variable.value for variable in variables],
-                [self.curvature.from_matrices(each) for each in candidates],
-            )
-        return pad_gram(tf.cast(gram, self.curvature_dtype))
 
     def _adapt_damping(
         self, observation: Observation, model: SolvedModel

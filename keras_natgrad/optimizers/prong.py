@@ -14,7 +14,7 @@ from keras_natgrad.curvature import BlockOptions, OutputTerm
 from keras_natgrad.heads import LossWeight
 from keras_natgrad.heads.observed import ObservedLoss
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
-from keras_natgrad.step import Refresh, StepLength, get_damping
+from keras_natgrad.step import QuadraticModel, Refresh, StepLength, get_damping
 from keras_natgrad.step.damping import check_fraction
 from keras_natgrad.training.choices import Choice
 
@@ -125,7 +125,7 @@ class PRONG(PreconditionedOptimizer):
         self.log_statistics = log_statistics
         # No quadratic model, no cotangents: no loss but its gradient.
         self.fisher = "propagated"
-        self.quadratic_model = "exact"
+        self._hide("quadratic_model", QuadraticModel("exact"))
         self.norm_constraint = None
         self.seed = 0
         self._hide("line_search", None)

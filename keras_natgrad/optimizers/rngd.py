@@ -22,7 +22,7 @@ from keras_natgrad.curvature import (
 )
 from keras_natgrad.optimizers.base import Observation
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
-from keras_natgrad.step import Refresh, StepLength
+from keras_natgrad.step import QuadraticModel, Refresh, StepLength
 from keras_natgrad.step.damping import check_fraction, check_positive
 from keras_natgrad.step.refresh import check_period
 
@@ -165,7 +165,7 @@ class RNGD(PreconditionedOptimizer):
         self._hide("length", StepLength(False, momentum))
         self.log_statistics = log_statistics
         self.fisher = "exact"
-        self.quadratic_model = "exact"
+        self._hide("quadratic_model", QuadraticModel("exact"))
         self.norm_constraint = None
         self.line_search = None
         self.seed = 0

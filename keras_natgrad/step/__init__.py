@@ -5,21 +5,26 @@ from keras_natgrad.step.damping import get as get_damping
 from keras_natgrad.step.length import StepLength, quadratic_coefficients
 from keras_natgrad.step.line_search import LineSearch
 from keras_natgrad.step.line_search import get as get_line_search
+from keras_natgrad.step.quadratic_model import AveragedGram, QuadraticModel
+from keras_natgrad.step.quadratic_model import get as get_quadratic_model
 from keras_natgrad.step.refresh import Refresh, is_multiple
 from keras_natgrad.step.spring import Spring
 from keras_natgrad.step.trial import TrialStep
 from keras_natgrad.step.trust_region import norm_scale
 
 __all__ = [
+    "AveragedGram",
     "Damping",
     "LevenbergMarquardt",
     "LineSearch",
+    "QuadraticModel",
     "Refresh",
     "Spring",
     "StepLength",
     "TrialStep",
     "get_damping",
     "get_line_search",
+    "get_quadratic_model",
     "is_multiple",
     "norm_scale",
     "quadratic_coefficients",

@@ -64,7 +64,8 @@ CHOICES = {
 def test_block_by_pattern(name):
     block, expected = CHOICES[name]
     _, optimizer = built(block=block)
-    default = dict.fromkeys(("first", "last", *ATTENTION), "kronecker")
+    default = dict.fromkeys(("last", *ATTENTION), "kronecker")
+    default["first"] = "feature_scaled"  # It reads the model's inputs.
     assert kinds_of(optimizer) == {**default, **expected}
 
 
@@ -234,7 +235,13 @@ def test_table():
     )
     rows, lines = table(model)
     named = {row[0].split("/")[-1].split(" ")[0]: row for row in rows}
-    assert named["first"][1:5] == ["kronecker", "4 × 4", "5", "4² ⊗ 4², expand"]
+    approximation = "4² ⊗ 4², expand, damped by feature"
+    assert named["first"][1:5] == [
+        "feature_scaled",
+        "4 × 4",
+        "5",
+        approximation,
+    ]
     assert named["last"][3] == "1"
     kernel = next(row for row in rows if row[2] == "4 × 8")
     assert kernel[1] == "gradient_kronecker" and kernel[3] == ""

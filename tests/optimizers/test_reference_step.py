@@ -57,11 +57,13 @@ def make_optimizer(settings, **kwargs):
         factor_decay=settings.factor_decay,
         curvature_update_period=settings.curvature_period,
         inverse_update_period=settings.inverse_period,
-        quadratic_model="exact",
+        quadratic_model=kng.QuadraticModel(
+            "exact", settings.model_period, settings.model_decay
+        ),
         damping_split="layer",
         refresh_growth=None,
         norm_constraint=settings.norm_constraint,
-        block="kronecker",
+        block="auto" if settings.feature_scaled else "kronecker",
         weight_sharing=settings.weight_sharing,
         max_factor_size=4096,
         weight_decay=settings.weight_decay,
@@ -129,7 +131,14 @@ def assert_same_weights(model, reference):
 
 
 def check_steps(
-    model, settings, loss, steps=4, sample_weight=False, eager=True, **kwargs
+    model,
+    settings,
+    loss,
+    steps=4,
+    sample_weight=False,
+    eager=True,
+    units=1.0,
+    **kwargs,
 ):
     """Trains both on the same batches and compares after every step."""
     rng = np.random.default_rng(1)
@@ -152,10 +161,10 @@ def check_steps(
     else:
         output_positions = positions
     # Similar batches, so that no step looks as if it had gone wrong.
-    base = rng.normal(size=(BATCH, *model.input_shape[1:]))
+    base = units * rng.normal(size=(BATCH, *model.input_shape[1:]))
     y = make_targets(rng, loss, model.output_shape[-1], output_positions)
     for _ in range(steps):
-        x = base + 0.1 * rng.normal(size=base.shape)
+        x = base + 0.1 * units * rng.normal(size=base.shape)
         w = rng.uniform(0.2, 2.0, size=BATCH) if sample_weight else None
         term = LOSSES[loss][1](y, np.ones(BATCH) if w is None else w)
         model.train_on_batch(x, y, sample_weight=w)
@@ -266,6 +275,41 @@ def test_norm_constraint(rate):
         rate, 0.5, 0.0625, factor_decay=0.75, norm_constraint=0.0078125
     )
     check_steps(mlp([3, 4, 3]), settings, "categorical")
+
+
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        DEFAULTS,
+        dataclasses.replace(DEFAULTS, l2_kernel=0.0625, l2_bias=0.03125),
+        Settings(0.3, 0.0, 0.25, 0.75, spring=0.8, inverse_period=2),
+    ],
+    ids=["automatic", "l2", "spring"],
+)
+def test_damping_in_the_units_of_the_features(settings, weight_sharing):
+    settings = dataclasses.replace(
+        settings, feature_scaled=(0,), weight_sharing=weight_sharing
+    )
+    model = mlp([4, 3, 2], positions=3)
+    units = np.array([1.0, 30.0, 0.01, 1.0])
+    _, reference = check_steps(model, settings, "mse", units=units)
+    assert reference.metrics[0].min() < 1e-6
+    assert reference.metrics[0].max() == 1.0
+
+
+def test_averaged_quadratic_model():
+    settings = dataclasses.replace(
+        DEFAULTS, damping=1.0, model_period=2, model_decay=0.4
+    )
+    references = []
+    for decay in (0.0, 0.4):
+        settings = dataclasses.replace(settings, model_decay=decay)
+        keras.utils.set_random_seed(0)
+        _, reference = check_steps(mlp([3, 4, 3]), settings, "mse", 45)
+        references.append(reference)
+    plain, averaged = (r.network.matrices[0] for r in references)
+    assert not np.allclose(plain, averaged, rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -74,6 +74,15 @@ def input_factor(
     return np.einsum("n,nab->ab", weights, moments)
 
 
+def input_magnitude(
+    inputs: Array, weights: Array, weight_sharing: str = "expand"
+) -> Array:
+    """`E|x|` of the inputs, `[rows]`."""
+    if weight_sharing == "reduce":
+        inputs = inputs.mean(axis=1, keepdims=True)
+    return weights @ np.abs(inputs).mean(axis=1)
+
+
 def output_factor(
     columns: Sequence[Array], weight_sharing: str = "expand"
 ) -> Array:
@@ -172,6 +181,17 @@ class Settings:
     l2_bias: float = 0.0
     weight_sharing: str = "expand"
     spring: float = 0.0
+    feature_scaled: tuple[int, ...] = ()
+    model_period: int = 1
+    model_decay: float = 0.0
+
+
+def feature_scales(moment: Array, magnitude: Array) -> Array:
+    """`(E x² / E|x|)²` over the largest; one for what is zero nearly always."""
+    square = np.diag(moment)
+    scales = (square / magnitude) ** 2
+    rare = magnitude**2 < 0.05 * square
+    return np.where(rare, 1.0, scales / scales[~rare].max())
 
 
 @dataclass
@@ -184,6 +204,10 @@ class ReferenceKFAC:
     damping: float | None = None
     ratio: float | None = None
     averages: list[tuple[Average, Average]] = field(default_factory=list)
+    magnitudes: list[Average] = field(default_factory=list)
+    metrics: list[Array] = field(default_factory=list)
+    quotients: Array = field(default_factory=lambda: np.zeros((2, 2)))
+    quotient_weights: Array = field(default_factory=lambda: np.zeros((2, 2)))
     inverses: list[tuple[Array, Array]] = field(default_factory=list)
     velocities: list[Array] = field(default_factory=list)
     coefficients: Array | None = None
@@ -194,6 +218,7 @@ class ReferenceKFAC:
         decay = self.settings.factor_decay
         matrices = self.network.matrices
         self.averages = [(Average(decay), Average(decay)) for _ in matrices]
+        self.magnitudes = [Average(decay) for _ in matrices]
         self.velocities = [np.zeros_like(m) for m in matrices]
         self.previous = [np.zeros_like(m) for m in matrices]
 
@@ -215,11 +240,30 @@ class ReferenceKFAC:
         )
         return fisher.loss(network.trace(x), terms) + penalty
 
+    def _scales(self) -> list[Array]:
+        """The metric of the damping of every matrix's rows."""
+        return [
+            feature_scales(a.mean(), magnitude.mean())
+            if i in self.settings.feature_scaled
+            else np.ones(len(a.mean()))
+            for i, ((a, _), magnitude) in enumerate(
+                zip(self.averages, self.magnitudes, strict=True)
+            )
+        ]
+
+    def _factors(self) -> list[tuple[Array, Array]]:
+        """`D^-½ A D^-½` and G."""
+        roots = [np.sqrt(d) for d in self._scales()]
+        return [
+            (a.mean() / np.outer(root, root), g.mean())
+            for (a, g), root in zip(self.averages, roots, strict=True)
+        ]
+
     def _mean_eigenvalue(self) -> float:
         """The harmonic mean over all parameters of their blocks' means."""
         sizes = np.array([m.size for m in self.network.matrices], float)
         traces = np.array(
-            [np.trace(a.mean()) * np.trace(g.mean()) for a, g in self.averages]
+            [np.trace(a) * np.trace(g) for a, g in self._factors()]
         )
         return sizes.sum() / np.sum(sizes**2 / traces)
 
@@ -230,10 +274,30 @@ class ReferenceKFAC:
             damping = damping * rule.inverse_ratio
         self.inverted_at = damping
         damping = damping + 2.0 * self.settings.l2_kernel
-        self.inverses = [
-            factored_inverses(a.mean(), g.mean(), damping)
-            for a, g in self.averages
-        ]
+        self.metrics = self._scales()
+        self.inverses = []
+        for (a, g), scales in zip(self._factors(), self.metrics, strict=True):
+            left, right = factored_inverses(a, g, damping)
+            root = np.sqrt(scales)
+            self.inverses.append((left / np.outer(root, root), right))
+
+    def _average(self, gram: Array, norms: Array) -> Array:
+        """Averages `Q_ij / (n_i n_j)` where no direction is zero."""
+        outer = np.outer(norms, norms)
+        period = self.settings.model_period
+        if self.iteration % period == 0:
+            span = max(0.1 * self.iteration / period, 1.0)
+            decay = min(1.0 - 1.0 / span, self.settings.model_decay)
+            seen = outer > 0
+            for total, new in (
+                (self.quotients, gram[seen] / outer[seen]),
+                (self.quotient_weights, 1.0),
+            ):
+                total[seen] = decay * total[seen] + (1.0 - decay) * new
+        known = self.quotient_weights > 0
+        mean = np.zeros((2, 2))
+        mean[known] = self.quotients[known] / self.quotient_weights[known]
+        return mean * outer
 
     def _choose(self, gram: Array, slopes: Array) -> Array:
         """Minimises `bᵀc + ½ cᵀQc` over the free coefficients.
@@ -269,6 +333,13 @@ class ReferenceKFAC:
                 a, g = exact_factors(trace, terms, i, settings.weight_sharing)
                 left.add(a)
                 right.add(g)
+                self.magnitudes[i].add(
+                    input_magnitude(
+                        trace.inputs[i],
+                        example_weights(terms),
+                        settings.weight_sharing,
+                    )
+                )
         rule = settings.damping
         if not isinstance(rule, LevenbergMarquardt):
             self.damping = rule
@@ -276,13 +347,17 @@ class ReferenceKFAC:
             self.damping = rule.relative * self._mean_eigenvalue()
         if self.iteration == 0:
             self._refresh()
-        # SPRING: (F + λI) φ = ∇ + λ μ φ₋₁.
+        # SPRING: (F + λD) φ = ∇ + λ μ φ₋₁.
         pull = settings.spring * self.inverted_at
-        directions = [
-            -left @ (gradient + pull * previous) @ right
-            for gradient, previous, (left, right) in zip(
-                gradients, self.previous, self.inverses, strict=True
+        pulled = [
+            gradient + pull * d[:, None] * previous
+            for gradient, previous, d in zip(
+                gradients, self.previous, self.metrics, strict=True
             )
+        ]
+        directions = [
+            -left @ each @ right
+            for each, (left, right) in zip(pulled, self.inverses, strict=True)
         ]
         self.previous = [-direction for direction in directions]
 
@@ -291,8 +366,16 @@ class ReferenceKFAC:
 
         basis = np.stack([flat(directions), flat(self.velocities)])
         metric = fisher.dense(trace, terms)
-        ridge = flat([self._ridge(i) for i in range(count)]) + self.damping
-        gram = basis @ metric @ basis.T
+        scales = flat(
+            [
+                np.broadcast_to(d[:, None], m.shape)
+                for d, m in zip(self.metrics, old, strict=True)
+            ]
+        )
+        ridge = flat([self._ridge(i) for i in range(count)])
+        ridge += self.damping * scales
+        norms = np.sqrt([-flat(pulled) @ basis[0], scales @ basis[1] ** 2])
+        gram = self._average(basis @ metric @ basis.T, norms)
         damped = gram + (basis * ridge) @ basis.T
         slopes = basis @ flat(gradients)
         c = self._choose(damped, slopes)

@@ -37,16 +37,19 @@ def test_dot(directions):
 @pytest.mark.parametrize(
     "ridge", [Ridge(0.0, 0.0), Ridge(0.5, 0.5), Ridge(0.5, 0.25)]
 )
-def test_ridge_gram(directions, count, ridge):
-    """`δᵀ (λ + R) δ` with R per block, the last row having its own."""
+@pytest.mark.parametrize("rows", [None, [1.0, 0.5, 0.25]])
+def test_ridge_gram(directions, count, ridge, rows):
+    """`δᵀ (λ D + R) δ`, R per block and the last row having its own."""
     directions = [[part[0], part[1][:, None]] for part in directions]
     found = ridge_gram(
         directions[:count],
         tf.constant(0.3, tf.float64),
         [ridge, Ridge(0.0, 0.0)],
+        [None, None if rows is None else tf.constant(rows, tf.float64)],
     )
     first = np.repeat([0.3 + ridge.rest, 0.3 + ridge.last], 3)
-    diagonal = np.concatenate([first, np.full(3, 0.3)])
+    second = 0.3 * np.broadcast_to(1.0 if rows is None else rows, 3)
+    diagonal = np.concatenate([first, second])
     stacked = np.zeros((2, len(diagonal)))
     for row, direction in enumerate(directions[:count]):
         stacked[row] = flat(direction)
