@@ -112,6 +112,7 @@ def plain_kfac(**kwargs):
         quadratic_model="exact",
         damping_split="layer",
         refresh_growth=None,
+        block="kronecker",
     )
     return kng.KFAC(**{**options, **kwargs})
 

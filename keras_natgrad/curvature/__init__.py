@@ -7,7 +7,7 @@ from keras_natgrad.curvature.cotangents import (
     random_cotangents,
 )
 from keras_natgrad.curvature.entry import BlockOptions, Entry
-from keras_natgrad.curvature.estimator import BlockDiagonal
+from keras_natgrad.curvature.estimator import BlockDiagonal, sum_over
 from keras_natgrad.curvature.products import estimated_gram, fisher_gram
 from keras_natgrad.curvature.relative import (
     MetricSpec,
@@ -34,4 +34,5 @@ __all__ = [
     "fisher_gram",
     "plan_metrics",
     "random_cotangents",
+    "sum_over",
 ]

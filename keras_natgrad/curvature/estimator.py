@@ -287,7 +287,7 @@ def sum_over_columns(
             folded = tf.random.fold_in(seed, column, alg="philox")
             return contribution(column_cotangents(terms, index, column, folded))
 
-        summed = _sum_over(one, term.column_count())
+        summed = sum_over(one, term.column_count())
         total = summed if total is None else _add(total, summed)
     return total
 
@@ -296,8 +296,13 @@ def _add(left: Any, right: Any) -> Any:
     return tf.nest.map_structure(tf.add, left, right)
 
 
-def _sum_over(function: Callable[[tf.Tensor], Any], count: tf.Tensor) -> Any:
-    """Returns `function(0) + … + function(count − 1)`, in a loop."""
+def sum_over(function: Callable[[tf.Tensor], Any], count: tf.Tensor) -> Any:
+    """Returns `function(0) + … + function(count − 1)`, in a loop.
+
+    Args:
+        function: Takes an int32 scalar, returns tensors.
+        count: int32 scalar, at least one.
+    """
     _, total = tf.while_loop(
         lambda index, _: index < count,
         lambda index, sums: (index + 1, _add(sums, function(index))),

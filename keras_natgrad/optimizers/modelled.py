@@ -14,6 +14,7 @@ from keras_natgrad.curvature import (
     estimated_gram,
     fisher_gram,
     random_cotangents,
+    sum_over,
 )
 from keras_natgrad.optimizers.base import Observation
 from keras_natgrad.optimizers.retraction import RetractingOptimizer
@@ -38,6 +39,8 @@ from keras_natgrad.step.length import model_change, quadratic_form
 
 # Examples of a batch that the estimated quadratic model looks at.
 _MODEL_EXAMPLES = 256
+# Most estimates on one batch, of which a small batch takes several.
+_MOST_ESTIMATES = 16
 
 
 class SolvedModel(NamedTuple):
@@ -173,14 +176,7 @@ class ModelledOptimizer(RetractingOptimizer):
     ) -> tf.Tensor:
         """Returns `δ_iᵀ F δ_j` on the batch."""
         if self._estimates_model:
-            captured = self._capture(observation)
-            batches = self.state.count("batches") - 1
-            seed = tf.stack([tf.constant(self.seed, tf.int32), batches])
-            sent = random_cotangents(observation.terms, self.fisher, seed)
-            backward = captured.backward(sent)
-            return estimated_gram(
-                captured, backward, candidates, _MODEL_EXAMPLES
-            )
+            return self._estimated_gram(observation, candidates)
         variables = _compat.optimizer_variables(self)
         return fisher_gram(
             observation.tape.gradient_tape,
@@ -188,6 +184,29 @@ class ModelledOptimizer(RetractingOptimizer):
             [variable.value for variable in variables],
             [self.curvature.from_matrices(each) for each in candidates],
         )
+
+    def _estimated_gram(
+        self, observation: Observation, candidates: Sequence[Any]
+    ) -> tf.Tensor:
+        """Returns the mean of as many estimates as a small batch needs."""
+        captured = self._capture(observation)
+        batches = self.state.count("batches") - 1
+        seed = tf.stack([tf.constant(self.seed, tf.int32), batches])
+
+        def once(index: tf.Tensor) -> tf.Tensor:
+            folded = tf.random.fold_in(seed, index, alg="philox")
+            backward = captured.backward(
+                random_cotangents(observation.terms, self.fisher, folded)
+            )
+            return estimated_gram(
+                captured, backward, candidates, _MODEL_EXAMPLES
+            )
+
+        count = tf.clip_by_value(
+            _MODEL_EXAMPLES // tf.maximum(captured.batch, 1), 1, _MOST_ESTIMATES
+        )
+        total = sum_over(once, count)
+        return total / tf.cast(count, total.dtype)
 
     def _capture(self, observation: Observation) -> CapturedPass:
         """Returns the forward pass, ready to send cotangents back through."""

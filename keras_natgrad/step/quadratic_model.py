@@ -11,8 +11,10 @@ import tensorflow as tf
 from keras_natgrad.linalg import scalar
 from keras_natgrad.step.refresh import Refresh, check_period
 
-# The running average spans a tenth of the steps so far, and no gap is longer.
-_SPAN = 0.1
+# The running average spans a fifth of the steps so far; no gap is longer than a
+# tenth of them.
+_SPAN = 0.2
+_LONGEST_GAP = 0.1
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -33,12 +35,13 @@ class QuadraticModel:
     Args:
         kind: `"exact"` multiplies by the batch's Fisher. `"estimated"` sends
             random cotangents back and looks at 256 examples, drawn by their
-            share of the Fisher; a third of the cost. Networks with fallback
-            variables always use the exact one.
+            share of the Fisher, at half the cost; a smaller batch gets
+            several cotangents per example. Networks with fallback variables
+            always use the exact one.
         period: Steps between two computations. The refresh warm-up holds here
             too.
         decay: Largest decay of the running average, in [0, 1). The average
-            spans at most a tenth of the steps so far. Zero for none.
+            spans at most a fifth of the steps so far. Zero for none.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -115,7 +118,7 @@ class AveragedGram:
     ) -> None:
         self.model = model
         if refresh.growth is not None:
-            refresh = replace(refresh, growth=min(refresh.growth, _SPAN))
+            refresh = replace(refresh, growth=min(refresh.growth, _LONGEST_GAP))
         self._refresh = refresh
         self._quotients = add_curvature_variable("quotients", (2, 2), "zeros")
         # A quotient of a direction that was zero has not been seen: each has

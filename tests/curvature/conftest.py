@@ -39,7 +39,8 @@ class Recorded:
         self.variables = model.trainable_variables
         plan = make_plan(model, self.variables)
         shapes = [tuple(v.shape) for v in self.variables]
-        self.curvature = BlockDiagonal(plan, shapes, BlockOptions(**options))
+        options = BlockOptions(**{"block": "kronecker", **options})
+        self.curvature = BlockDiagonal(plan, shapes, options)
         names = [f"v{i}" for i in range(len(shapes))]
         self.curvature.build(names, add_variable)
         with (

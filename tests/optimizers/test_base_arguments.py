@@ -182,7 +182,7 @@ def test_learning_rate_schedule(float64):
         [1, 3], [HUGE * RATE, HUGE * 0.5 * RATE, HUGE * 0.1 * RATE]
     )
     assert_like_sgd(
-        run(kng.KFAC(huge, momentum=0.0, damping=HUGE)),
+        run(kng.KFAC(huge, 0.0, HUGE, block="kronecker")),
         run(keras.optimizers.SGD(schedule)),
     )
 

@@ -286,7 +286,7 @@ class ReferenceKFAC:
         outer = np.outer(norms, norms)
         period = self.settings.model_period
         if self.iteration % period == 0:
-            span = max(0.1 * self.iteration / period, 1.0)
+            span = max(0.2 * self.iteration / period, 1.0)
             decay = min(1.0 - 1.0 / span, self.settings.model_decay)
             seen = outer > 0
             for total, new in (

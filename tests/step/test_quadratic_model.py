@@ -49,9 +49,9 @@ def test_quotients_are_averaged_and_norms_are_those_of_the_step():
 
 
 @pytest.mark.parametrize(
-    ("step", "decay"), [(0, 0.0), (20, 0.0), (40, 0.5), (100, 0.8), (999, 0.9)]
+    ("step", "decay"), [(0, 0.0), (10, 0.0), (20, 0.5), (50, 0.8), (999, 0.9)]
 )
-def test_span_is_a_tenth_of_the_steps(step, decay):
+def test_span_is_a_fifth_of_the_steps(step, decay):
     """With a period of two, and a largest decay of 0.9."""
     average = averaged(kng.QuadraticModel(period=2, decay=0.9))
     found = average._decay(tf.constant(step), tf.float64)

@@ -60,7 +60,7 @@ def compiled(model=None, optimizer=None, loss=None, **kwargs):
 
 def like_sgd(learning_rate=0.1, **kwargs):
     """K-FAC whose damping makes it equal to gradient descent."""
-    kwargs.setdefault("momentum", 0.0)
+    kwargs = {"momentum": 0.0, "block": "kronecker", **kwargs}
     return kng.KFAC(HUGE * learning_rate, damping=HUGE, **kwargs)
 
 
