@@ -45,9 +45,11 @@ def losses_of(model, x, y, steps=STEPS):
 @pytest.mark.parametrize("name", ZOO)
 def test_trains(name):
     case = ZOO[name]()
-    losses = losses_of(*compiled(case))
+    # A loss with random draws in it is still luck after ten steps.
+    steps, share = (40, 0.5) if name in RANDOM else (STEPS, case.share)
+    losses = losses_of(*compiled(case), steps=steps)
     assert np.all(np.isfinite(losses))
-    assert losses[-1] < case.share * losses[0], losses
+    assert losses[-1] < share * losses[0], losses
 
 
 @pytest.mark.slow
