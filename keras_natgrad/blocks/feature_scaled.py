@@ -7,7 +7,6 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import BlockShape
-from keras_natgrad.blocks.factors import refresh_pair
 from keras_natgrad.blocks.kronecker import KroneckerBlock
 from keras_natgrad.linalg import Rows, position_count, position_mean, to_dense
 
@@ -66,10 +65,10 @@ class FeatureScaledBlock(KroneckerBlock):
     @override
     def build_state(self) -> None:
         super().build_state()
-        # After the factors: statistics come in the order of the averages.
         rows = (self.shape.rows,)
-        self._magnitude: keras.Variable = self.add_cache("magnitude", rows)
-        self._averages.insert(1, self._magnitude)
+        # Averages stand in the order of the statistics: those of the inputs
+        # before those of the cotangents.
+        self._averages.insert(1, self.add_cache("magnitude", rows))
         self._metric: keras.Variable = self.add_cache("metric", rows)
 
     @override
@@ -113,9 +112,7 @@ class FeatureScaledBlock(KroneckerBlock):
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        retries, failures = refresh_pair(
-            (self._input, self._output), self.factors(), damping, ratio
-        )
+        retries, failures = super().refresh(damping, ratio)
         # The inverse and the metric that it was computed in stay together.
         old = self._metric.value
         self._metric.assign(tf.where(failures > 0, old, self._scales()))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 
 from keras_natgrad._compat import LayerGraph, layer_graph
@@ -50,12 +48,8 @@ def _readers_of(source: int, graph: LayerGraph) -> set[int]:
             seen.add(id(layer))
             if isinstance(layer, keras.layers.Dense):
                 readers.add(id(layer))
-            elif _keeps_features(layer):
+            elif isinstance(layer, _KEEPING_FEATURES):
                 waiting.append(id(layer))
             elif isinstance(layer, keras.Model):
                 readers |= readers_of_inputs(layer)
     return readers
-
-
-def _keeps_features(layer: Any) -> bool:
-    return isinstance(layer, _KEEPING_FEATURES)

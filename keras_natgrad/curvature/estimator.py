@@ -88,7 +88,6 @@ class BlockDiagonal:
         captured: CapturedPass,
         kind: str,
         seed: tf.Tensor,
-        backward: Backward | None = None,
     ) -> Statistics:
         """Returns the statistics of one batch, one tuple per entry.
 
@@ -96,8 +95,6 @@ class BlockDiagonal:
             captured: The forward pass.
             kind: One of `FISHER_KINDS`.
             seed: int32 `[2]`.
-            backward: The backward pass of this kind and seed, if it has
-                been made already.
         """
         first: Statistics = [
             entry.block.input_statistics(a, tf.cast(captured.weights, a.dtype))
@@ -109,10 +106,9 @@ class BlockDiagonal:
         if kind == "exact":
             second = self._sum_over_columns(captured, seed)
         else:
-            if backward is None:
-                backward = captured.backward(
-                    random_cotangents(captured.terms, kind, seed)
-                )
+            backward = captured.backward(
+                random_cotangents(captured.terms, kind, seed)
+            )
             second = self._cotangent_statistics(captured, backward)
         return [a + g for a, g in zip(first, second, strict=True)]
 
@@ -229,6 +225,10 @@ class BlockDiagonal:
             entry.block.precondition(matrix)
             for entry, matrix in zip(self.entries, matrices, strict=True)
         ]
+
+    def damping_rows(self) -> list[tf.Tensor | None]:
+        """Returns the metric of the damping of every entry."""
+        return [entry.block.damping_rows() for entry in self.entries]
 
     def to_matrices(self, tensors: Sequence[Any]) -> list[tf.Tensor]:
         """Returns one matrix per entry from one tensor per variable."""

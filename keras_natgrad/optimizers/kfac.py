@@ -47,7 +47,8 @@ class KFAC(PreconditionedOptimizer):
             preconditioned direction. Defaults to `"auto"`.
         damping: `"auto"`, a non-negative float, a schedule of the iteration,
             or a `keras_natgrad.LevenbergMarquardt`. In units of the loss per
-            squared unit of a weight. Defaults to `"auto"`.
+            squared unit of a weight; for the weights of input features, see
+            `"feature_scaled"` below. Defaults to `"auto"`.
         fisher: How the Fisher is estimated. `"propagated"` sends one random
             combination of the columns of the loss factor back per batch,
             `"exact"` every column (one backward pass each), `"sampled"` the
@@ -71,7 +72,8 @@ class KFAC(PreconditionedOptimizer):
             `QuadraticModel()`: estimated every fourth step and averaged.
             Networks with fallback variables, and `fisher="exact"` or
             `"empirical"`, never estimate. Defaults to `"estimated"`.
-        norm_constraint: Largest `δᵀFδ` of an update, or `None`.
+        norm_constraint: Largest `δᵀFδ` of an update, as the quadratic model
+            has it, or `None`.
         block: Block of captured layers: `"kronecker"`, `"feature_scaled"`
             (damping in each input feature's own unit), `"diagonal"`,
             `"full"`, `"input_factor"`, or a name given to

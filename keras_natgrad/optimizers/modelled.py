@@ -48,7 +48,8 @@ class SolvedModel(NamedTuple):
 
     Attributes:
         change: Predicted change of the loss.
-        fisher_share: `δᵀFδ / δᵀ(F + λI)δ`, in [0, 1].
+        fisher_share: `δᵀFδ / δᵀ(F + λD)δ`, in [0, 1], D the metric of the
+            damping.
     """
 
     change: tf.Tensor
@@ -96,7 +97,7 @@ class ModelledOptimizer(RetractingOptimizer):
         candidates = [list(solved)]
         if self.length.momentum != 0:
             candidates.append(self.curvature.to_matrices(self._velocities))
-        metrics = [e.block.damping_rows() for e in self.curvature.entries]
+        metrics = self.curvature.damping_rows()
         squares = [dot(pulled, solved)]
         for velocity in candidates[1:]:
             rows = zip(velocity, metrics, strict=True)

@@ -197,7 +197,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
             self.state.last("learning_rate"),
         )
         last = self.curvature.to_matrices(self._velocities)
-        metrics = [e.block.damping_rows() for e in self.curvature.entries]
+        metrics = self.curvature.damping_rows()
         return [
             g + pull * in_metric(v, rows)
             for g, v, rows in zip(gradients, last, metrics, strict=True)

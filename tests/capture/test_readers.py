@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture.readers import readers_of_inputs
 
 layers = keras.layers
@@ -9,9 +10,8 @@ layers = keras.layers
 
 def names(model):
     found = readers_of_inputs(model)
-    return {
-        layer.name for layer in model._flatten_layers() if id(layer) in found
-    }
+    layers_of_model = flatten_layers(model)
+    return {layer.name for layer in layers_of_model if id(layer) in found}
 
 
 def test_the_first_dense_layer_of_a_sequential_model():
