@@ -13,7 +13,8 @@ float64; what counts is the root mean square of the error on ten times as many
 points. Every contender starts from the same weights. Adam runs with several
 learning rates, each for as long as the others; the best one is shown. The
 damping of the natural gradient is the best of three in two dimensions. L-BFGS
-is SciPy's and needs points that stay, so it sits out where they do not.
+is SciPy's and needs points that stay: where the others draw theirs anew, it
+keeps its first draw.
 
     python examples/pinn_poisson.py
     python examples/pinn_poisson.py --dimensions 5 --widths 64 64 48 48
@@ -104,6 +105,11 @@ class Problem:
     def points(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns points inside and on the boundary, as they are due."""
         return self._draw() if self.fixed is None else self.fixed
+
+    def hold(self) -> None:
+        """Keeps the points of one draw from now on."""
+        if self.fixed is None:
+            self.fixed = self._draw()
 
     def _draw(self) -> tuple[tf.Tensor, tf.Tensor]:
         return self._draw_interior(self.interior), self._draw_boundary()
@@ -256,7 +262,11 @@ def train_adam(
 
 
 def train_lbfgs(curve: Curve, problem: Problem, jit_compile: bool) -> Curve:
-    """Trains with SciPy's L-BFGS, on gradients from TensorFlow."""
+    """Trains with SciPy's L-BFGS, on gradients from TensorFlow.
+
+    A line search compares losses, so the points have to stay.
+    """
+    problem.hold()
     variables = curve.network.trainable_variables
     sizes = [math.prod(variable.shape) for variable in variables]
 
@@ -409,8 +419,8 @@ def main(arguments: argparse.Namespace) -> list[Curve]:
     ]
     if runs:
         curves.append(min(runs, key=lambda curve: curve.error[-1]))
-    if problem.fixed is not None:
-        curves.append(train_lbfgs(start("L-BFGS"), problem, jit_compile))
+    name = "L-BFGS" if problem.fixed else "L-BFGS, one draw of points"
+    curves.append(train_lbfgs(start(name), problem, jit_compile))
     print_table(curves, problem)
     plot(curves, dimensions, arguments.output)
     print(f"Figure: {arguments.output}")

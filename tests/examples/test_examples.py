@@ -169,7 +169,8 @@ def test_pinn_poisson_with_points_drawn_anew(tmp_path):
     )
     assert "113 parameters, 3000 + 500 points" in output
     assert "Peak memory" in output and "MiB" in output
-    assert [row[0] for row in table_rows(output)] == ["Natural gradient"]
+    names = [row[0] for row in table_rows(output)]
+    assert names == ["Natural gradient", "L-BFGS, one draw of points"]
     assert_is_figure(path)
 
 
