@@ -215,6 +215,40 @@ def all_reduce_gradients(
     return [gradient for gradient, _ in pairs]
 
 
+def add_summed_variable(
+    optimizer: keras.optimizers.Optimizer,
+    name: str,
+    shape: tuple[int, ...],
+    initializer: Any,
+    dtype: str,
+) -> keras.Variable:
+    """Adds an optimizer variable that is the sum of its replicas' parts.
+
+    Under a strategy every replica assigns and reads its own part; read across
+    replicas it is the sum. `add_variable` cannot create such a variable, and
+    nothing public adds one that was created elsewhere.
+    """
+    initial = keras.initializers.get(initializer)
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+
+    def part(shape: Any, dtype: Any) -> Any:
+        # Every replica starts with its part of the sum.
+        return initial(shape, dtype) / replicas
+
+    with keras.name_scope(optimizer.name):
+        variable = keras.Variable(
+            part,
+            shape=shape,
+            dtype=dtype,
+            trainable=False,
+            aggregation="sum",
+            synchronization="on_read",
+            name=name,
+        )
+    optimizer._track_variable(variable)
+    return variable
+
+
 def apply_weight_decay(
     optimizer: keras.optimizers.Optimizer, variables: Any
 ) -> None:

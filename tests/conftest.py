@@ -61,9 +61,13 @@ def float64(restored_keras_settings):
     keras.config.set_dtype_policy("float64")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mirrored_strategy():
-    """Two replicas on the two logical CPUs."""
+    """Two replicas on the two logical CPUs.
+
+    One for all tests of a process: collective operations of a second one would
+    clash with its.
+    """
     return tf.distribute.MirroredStrategy(
         [f"CPU:{index}" for index in range(LOGICAL_CPUS)]
     )

@@ -251,6 +251,24 @@ def test_all_reduce_gradients_of_two_replicas(mirrored_strategy):
         np.testing.assert_array_equal(value, [3.0, 3.0])
 
 
+def test_add_summed_variable(mirrored_strategy):
+    """The parts of two replicas start, are read and are saved as one sum."""
+    with mirrored_strategy.scope():
+        optimizer = keras.optimizers.SGD(name="mine")
+        variable = _compat.add_summed_variable(
+            optimizer, "total", (2,), "ones", "float64"
+        )
+        np.testing.assert_array_equal(variable.numpy(), [1.0, 1.0])
+        parts = variable.value.values
+        assert len(parts) == 2
+        np.testing.assert_array_equal(parts[0].numpy(), [0.5, 0.5])
+        variable.assign([4.0, 6.0])
+        np.testing.assert_array_equal(parts[1].numpy(), [2.0, 3.0])
+        np.testing.assert_array_equal(variable.numpy(), [4.0, 6.0])
+    assert any(each is variable for each in optimizer.variables)
+    assert variable.dtype == "float64" and variable.path == "mine/total"
+
+
 def test_apply_weight_decay():
     variable = keras.Variable(np.ones(2, "float32"))
     optimizer = keras.optimizers.SGD(0.5, weight_decay=0.1)

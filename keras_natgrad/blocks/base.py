@@ -102,12 +102,24 @@ class Block(abc.ABC):
         self.shape = shape
         self._averages: list[keras.Variable] = []
         self._add_variable: VariableFactory | None = None
+        self._add_sum: VariableFactory | None = None
 
     # -- State -----------------------------------------------------------
 
-    def build(self, add_variable: VariableFactory) -> None:
-        """Creates the state through `add_variable(name, shape, init)`."""
+    def build(
+        self,
+        add_variable: VariableFactory,
+        add_sum: VariableFactory | None = None,
+    ) -> None:
+        """Creates the state through `add_variable(name, shape, init)`.
+
+        Args:
+            add_variable: `VariableFactory`.
+            add_sum: The same for running averages, whose value is the sum of
+                what each replica has seen.
+        """
         self._add_variable = add_variable
+        self._add_sum = add_sum or add_variable
         self._weight = add_variable("weight", (), "zeros")
         self.build_state()
 
@@ -117,7 +129,8 @@ class Block(abc.ABC):
 
     def add_average(self, name: str, shape: tuple[int, ...]) -> keras.Variable:
         """Adds a running average, in the order of the statistics."""
-        variable = self.add_cache(name, shape)
+        assert self._add_sum is not None, "build() has not been called"
+        variable = self._add_sum(name, shape, "zeros")
         self._averages.append(variable)
         return variable
 
@@ -135,6 +148,12 @@ class Block(abc.ABC):
     def memory(self) -> int:
         """Number of state elements that the block keeps."""
         return self.state_size(self.shape)
+
+    @property
+    def refresh_cost(self) -> int:
+        """What a refresh costs beside those of other blocks."""
+        rows, columns = self.shape.rows, self.shape.columns
+        return (self.shape.groups or 1) * (rows**3 + columns**3)
 
     @classmethod
     @abc.abstractmethod

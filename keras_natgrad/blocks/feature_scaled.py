@@ -68,7 +68,8 @@ class FeatureScaledBlock(KroneckerBlock):
         rows = (self.shape.rows,)
         # Averages stand in the order of the statistics: those of the inputs
         # before those of the cotangents.
-        self._averages.insert(1, self.add_cache("magnitude", rows))
+        self.add_average("magnitude", rows)
+        self._averages.insert(1, self._averages.pop())
         self._metric: keras.Variable = self.add_cache("metric", rows)
 
     @override

@@ -57,15 +57,20 @@ class MetricBlock(Block):
         """Shape `(k, n, n)` of the metric."""
 
     @override
-    def build(self, add_variable: Any) -> None:
+    def build(self, add_variable: Any, add_sum: Any = None) -> None:
         def add(name: str, shape: tuple[int, ...], initializer: Any) -> Any:
-            if self.identity_start and name == "metric":
-                initializer = _identities
             if self.identity_start and name == "weight":
                 initializer = "ones"
             return add_variable(name, shape, initializer)
 
-        super().build(add)
+        def add_metric(
+            name: str, shape: tuple[int, ...], initializer: Any
+        ) -> Any:
+            if self.identity_start:
+                initializer = _identities
+            return (add_sum or add_variable)(name, shape, initializer)
+
+        super().build(add, add_metric)
 
     @override
     def build_state(self) -> None:

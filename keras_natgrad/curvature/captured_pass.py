@@ -41,6 +41,8 @@ class CapturedPass:
         records: One `LayerRecord` per captured entry.
         entries: All entries, captured ones first.
         variables: All variables, as `tf.Variable`s.
+        share: This replica's share of the examples' weights, `None` where
+            there is one replica.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class CapturedPass:
         records: Sequence[LayerRecord],
         entries: Sequence[Entry],
         variables: Sequence[Any],
+        share: tf.Tensor | None = None,
     ) -> None:
         self.tape = tape
+        self.share = share
         self.terms = list(terms)
         self.records = list(records)
         self.captured = [entry for entry in entries if entry.layer is not None]

@@ -68,17 +68,23 @@ class BlockDiagonal:
         return sum(entry.block.shape.size for entry in self.entries)
 
     def build(
-        self, names: Sequence[str], add_variable: VariableFactory
+        self,
+        names: Sequence[str],
+        add_variable: VariableFactory,
+        add_sum: VariableFactory | None = None,
     ) -> None:
         """Creates the state of every block.
 
         Args:
             names: Unique names of the variables, in order.
             add_variable: `VariableFactory`.
+            add_sum: The same for running averages, see `Block.build`.
         """
         for entry in self.entries:
+            name = names[entry.variables[0]]
             entry.block.build(
-                _prefixed(add_variable, names[entry.variables[0]])
+                _prefixed(add_variable, name),
+                _prefixed(add_sum or add_variable, name),
             )
 
     # -- Statistics ------------------------------------------------------
@@ -100,6 +106,12 @@ class BlockDiagonal:
             entry.block.input_statistics(a, tf.cast(captured.weights, a.dtype))
             for entry, a in zip(self.captured, captured.inputs, strict=True)
         ]
+        if captured.share is not None:
+            # Every replica's mean counts by its weight.
+            first = [
+                tuple(tf.cast(captured.share, s.dtype) * s for s in each)
+                for each in first
+            ]
         first += [()] * (len(self.entries) - len(first))
         if not any(entry.block.uses_cotangents for entry in self.entries):
             return first
@@ -170,7 +182,10 @@ class BlockDiagonal:
         return _harmonic_mean(means, sizes, [mean > 0 for mean in means])
 
     def refresh(
-        self, damping: tf.Tensor, ridge: Sequence[float]
+        self,
+        damping: tf.Tensor,
+        ridge: Sequence[float],
+        devices: Sequence[str] = (),
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Recomputes every cached inverse.
 
@@ -178,16 +193,47 @@ class BlockDiagonal:
             damping: Scalar λ.
             ridge: Per variable, the curvature of its L2 regularizer. That of
                 the kernel counts for the block.
+            devices: Devices that share out the blocks; where there are none,
+                all is done where it is called.
 
         Returns:
             Raised dampings and failed factorisations, int32 scalars.
         """
         ratio = self._global_ratio() if self._split_globally else None
+        return self.refresh_blocks(
+            [damping + ridge[entry.variables[0]] for entry in self.entries],
+            ratio,
+            devices,
+        )
+
+    def refresh_blocks(
+        self,
+        dampings: Sequence[tf.Tensor],
+        ratio: tf.Tensor | None,
+        devices: Sequence[str],
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Recomputes every cached inverse, each with its own damping.
+
+        Args:
+            dampings: Scalar λ of every entry.
+            ratio: See `Block.refresh`.
+            devices: See `refresh`.
+
+        Returns:
+            Raised dampings and failed factorisations, int32 scalars.
+        """
         retries = tf.constant(0, tf.int32)
         failures = tf.constant(0, tf.int32)
-        for entry in self.entries:
-            total = damping + ridge[entry.variables[0]]
-            more_retries, more_failures = entry.block.refresh(total, ratio)
+        places = share_out(
+            [e.block.refresh_cost for e in self.entries], devices
+        )
+        for entry, damping, device in zip(
+            self.entries, dampings, places, strict=True
+        ):
+            with tf.device(device):
+                more_retries, more_failures = entry.block.refresh(
+                    damping, ratio
+                )
             retries += more_retries
             failures += more_failures
         return retries, failures
@@ -242,6 +288,27 @@ class BlockDiagonal:
             for index, part in zip(entry.variables, parts, strict=True):
                 tensors[index] = part
         return tensors
+
+
+def share_out(costs: Sequence[int], devices: Sequence[str]) -> list[Any]:
+    """Returns a device for every piece of work, the largest pieces first.
+
+    Args:
+        costs: The cost of each piece.
+        devices: The devices, if any; each piece goes to the one with the
+            least work so far.
+
+    Returns:
+        One device per piece, `None` where there are no devices.
+    """
+    places: list[Any] = [None] * len(costs)
+    load = dict.fromkeys(devices, 0)
+    if load:
+        for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            device = min(load, key=lambda name: load[name])
+            places[piece] = device
+            load[device] += costs[piece]
+    return places
 
 
 def _harmonic_mean(

@@ -157,6 +157,8 @@ class RelativeCurvature(BlockDiagonal):
         weights = tf.math.divide_no_nan(
             captured.weights, tf.reduce_sum(captured.weights)
         )
+        if captured.share is not None:
+            weights *= tf.cast(captured.share, weights.dtype)
         far: dict[int, list[int]] = {}
         for index, source in enumerate(sources):
             if source.kind in ("inputs", "own"):
@@ -213,18 +215,20 @@ class RelativeCurvature(BlockDiagonal):
 
     @override
     def refresh(
-        self, damping: tf.Tensor, ridge: Sequence[float]
+        self,
+        damping: tf.Tensor,
+        ridge: Sequence[float],
+        devices: Sequence[str] = (),
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Recomputes every inverse; a regularizer is no part of a metric."""
-        retries = failures = tf.constant(0, tf.int32)
-        for entry in self.entries:
-            if entry.layer is None:
-                entry.block.refresh(tf.ones_like(damping))
-                continue
-            more_retries, more_failures = entry.block.refresh(damping)
-            retries += more_retries
-            failures += more_failures
-        return retries, failures
+        return self.refresh_blocks(
+            [
+                tf.ones_like(damping) if entry.layer is None else damping
+                for entry in self.entries
+            ],
+            None,
+            devices,
+        )
 
 
 def _response_term(

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad import _compat
+from keras_natgrad import _compat, distribution
 from keras_natgrad.capture import (
     CurvatureTape,
     LayerRecord,
@@ -31,7 +31,7 @@ from keras_natgrad.training.choices import (
     declared_rows,
     warn_of_fallbacks,
 )
-from keras_natgrad.training.terms import has_weight, in_support, mean_terms
+from keras_natgrad.training.terms import in_support, mean_terms, total_weight
 
 _NOT_ATTACHED = (
     "This {name} optimizer is not attached to a model, so it cannot see the "
@@ -44,6 +44,10 @@ _NO_CURVATURE = (
     "training loop, compute them with `keras_natgrad.CurvatureTape(optimizer)`"
     " in place of `tf.GradientTape()`."
 )
+_KERAS_MERGES = (
+    "Keras does not support `{argument}` under a strategy with several "
+    "replicas. Received: {argument}={value!r}"
+)
 
 
 class Observation:
@@ -55,7 +59,10 @@ class Observation:
         tape: The `CurvatureTape`.
         terms: The network's outputs as `OutputTerm`s.
         records: One `LayerRecord` per captured layer, in plan order.
+        loss: Scalar loss of the batch, on all replicas together.
         usable: Scalar bool: loss and gradients finite, targets possible.
+        share: This replica's share of the examples' weights; `None` where
+            there are no others.
         surged: Scalar bool: the last step has to be taken back.
     """
 
@@ -66,12 +73,28 @@ class Observation:
         tape: CurvatureTape,
         terms: Sequence[OutputTerm],
         records: Sequence[LayerRecord],
-        usable: tf.Tensor,
+        gradients: Sequence[Any],
     ) -> None:
         self.tape = tape
         self.terms = terms
         self.records = records
-        self.usable = usable
+        assert tape.loss is not None
+        self.loss = tf.convert_to_tensor(tape.loss)
+        # A loss may be infinite where its gradient is not.
+        fine = (
+            all_finite(gradients)
+            & in_support(terms)
+            & tf.reduce_all(tf.math.is_finite(self.loss))
+        )
+        weight = total_weight(terms)
+        self.share: tf.Tensor | None = None
+        if distribution.replica_count() > 1:
+            own = tf.cast([weight, tf.cast(~fine, weight.dtype)], weight.dtype)
+            total, faults = tf.unstack(distribution.sum_over_replicas(own))
+            self.share = tf.math.divide_no_nan(weight, total)
+            self.loss = distribution.sum_over_replicas(self.loss)
+            fine, weight = tf.equal(faults, 0), total
+        self.usable = fine & (weight > 0)
 
     @property
     def accepted(self) -> tf.Tensor:
@@ -93,7 +116,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         self._hide("_head", None)
         self._hide("_plan", None)
         self._hide("_exclude", ())
-        self._hide("_observation", None)
+        # One per replica of this process.
+        self._hide("_observations", {})
         self._hide("_curvature_built", False)
         self._hide("_loss_rows", None)
 
@@ -246,6 +270,14 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
             name=name,
         )
 
+    def add_summed_variable(
+        self, name: str, shape: tuple[int, ...], initializer: str
+    ) -> Any:
+        """Adds one that is the sum of a part on every replica."""
+        return _compat.add_summed_variable(
+            self, name, shape, initializer, self.curvature_dtype
+        )
+
     @property
     def curvature_dtype(self) -> str:
         """float64 where the model is, float32 otherwise."""
@@ -281,16 +313,29 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                     "model inside the tape."
                 )
             terms = mean_terms(tape.model_outputs, self._head)
-        usable = all_finite(gradients) & in_support(terms) & has_weight(terms)
-        # A loss may be infinite where its gradient is not.
-        usable &= tf.reduce_all(tf.math.is_finite(tape.loss))
+        self.check_replicas()
         records = [tape.taps.record(layer, index) for layer, index in layers]
         check_reached(records)
         check_batched(records, terms[0].outputs.shape[0])
-        observation = Observation(tape, terms, records, usable)
+        observation = Observation(tape, terms, records, gradients)
         observation.surged = self.has_surged(observation)
         self.observe(observation)
-        self._hide("_observation", observation)
+        self._observations[distribution.replica_key()] = observation
+
+    def check_replicas(self) -> None:
+        """Raises ValueError for what several replicas cannot do."""
+        if distribution.replica_count() == 1:
+            return
+        distribution.check_merge(type(self).__name__)
+        for argument in (
+            "gradient_accumulation_steps",
+            "ema_overwrite_frequency",
+        ):
+            value = getattr(self, argument)
+            if value is not None:
+                raise ValueError(
+                    _KERAS_MERGES.format(argument=argument, value=value)
+                )
 
     @abc.abstractmethod
     def observe(self, observation: Observation) -> None:
@@ -321,8 +366,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         learning_rate: Any,
     ) -> None:
         """Takes the whole gradient list, after clipping and decay."""
-        observation = self._observation
-        self._hide("_observation", None)
+        key = distribution.replica_key()
+        observation = self._observations.pop(key, None)
         if observation is None:
             self.attached_model()
             raise ValueError(_NO_CURVATURE.format(name=type(self).__name__))
@@ -338,16 +383,14 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
             # An earlier batch among the accumulated ones may have been bad.
             accepted &= all_finite(aligned)
 
-        def step() -> tf.Tensor:
+        def step() -> None:
             _compat.apply_weight_decay(self, trainable_variables)
             self.curvature_step(observation, aligned, learning_rate)
-            return tf.constant(0)
 
-        def skip() -> tf.Tensor:
+        def skip() -> None:
             self.skip_step(observation)
-            return tf.constant(0)
 
-        tf.cond(accepted, step, skip)
+        distribution.cond(accepted, step, skip)
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Leaves decay to the step, which may have to be skipped."""

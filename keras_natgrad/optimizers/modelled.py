@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_natgrad import _compat
+from keras_natgrad import _compat, distribution
 from keras_natgrad.curvature import (
     BlockDiagonal,
     CapturedPass,
@@ -82,6 +82,7 @@ class ModelledOptimizer(RetractingOptimizer):
                 self.refresh,
                 self.add_curvature_variable,
                 self.add_variable,
+                self.add_summed_variable,
             )
             self._hide("_average", average)
 
@@ -170,7 +171,7 @@ class ModelledOptimizer(RetractingOptimizer):
             return tf.constant(0)
 
         tf.cond(self._average.is_due(step), update, lambda: tf.constant(0))
-        return self._average.read(norms)
+        return distribution.sum_over_replicas(self._average.read(norms))
 
     def _batch_gram(
         self, observation: Observation, candidates: Sequence[Any]
@@ -192,7 +193,9 @@ class ModelledOptimizer(RetractingOptimizer):
         """Returns the mean of as many estimates as a small batch needs."""
         captured = self._capture(observation)
         batches = self.state.count("batches") - 1
-        seed = tf.stack([tf.constant(self.seed, tf.int32), batches])
+        seed = distribution.replica_seed(
+            tf.stack([tf.constant(self.seed, tf.int32), batches])
+        )
 
         def once(index: tf.Tensor) -> tf.Tensor:
             folded = tf.random.fold_in(seed, index, alg="philox")
@@ -218,4 +221,5 @@ class ModelledOptimizer(RetractingOptimizer):
             observation.records,
             self.curvature.entries,
             [variable.value for variable in variables],
+            observation.share,
         )

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat
+from keras_natgrad import _compat, distribution
 from keras_natgrad.curvature.factor_columns import COLUMN_KINDS
 from keras_natgrad.optimizers.residuals import observe_residuals
 from keras_natgrad.optimizers.whole_network import WholeNetworkOptimizer
@@ -185,6 +185,7 @@ class NaturalGradient(WholeNetworkOptimizer):
         if variables is None:
             variables = self.attached_model().trainable_variables
         variables = list(variables)
+        self.check_replicas()
         if not self.built:
             self.build(variables)
         own = _compat.optimizer_variables(self)
@@ -193,7 +194,7 @@ class NaturalGradient(WholeNetworkOptimizer):
             residuals, own, points, weights, needs_jacobian
         )
         self.state.increment(batches=1)
-        self._hide("_observation", observation)
+        self._observations[distribution.replica_key()] = observation
         self.apply(gradients, own)
         return observation.loss
 

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat
+from keras_natgrad import _compat, distribution
 from keras_natgrad.capture import Plan
 from keras_natgrad.capture.positions import known_positions
 from keras_natgrad.curvature import (
@@ -70,7 +70,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
             f"{i}_{variable.path.replace('/', '_')}"
             for i, variable in enumerate(variables)
         ]
-        self.curvature.build(names, add)
+        self.curvature.build(names, add, self.add_summed_variable)
         velocities = []
         if self.length.momentum != 0 or self.length.spring:
             velocities = [
@@ -121,9 +121,22 @@ class PreconditionedOptimizer(ModelledOptimizer):
     # -- One step --------------------------------------------------------
 
     @override
+    def check_replicas(self) -> None:
+        super().check_replicas()
+        if self.line_search is not None:
+            distribution.refuse_replicas(
+                type(self).__name__,
+                "a LineSearch",
+                "every trial needs the loss of the whole batch",
+                "Use learning_rate='auto'.",
+            )
+
+    @override
     def observe(self, observation: Observation) -> None:
         batches = self.state.count("batches")
-        seed = tf.stack([tf.constant(self.seed, tf.int32), batches])
+        seed = distribution.replica_seed(
+            tf.stack([tf.constant(self.seed, tf.int32), batches])
+        )
 
         def update() -> tf.Tensor:
             # Captured here, it costs nothing on the steps between.
@@ -172,7 +185,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
             coefficients, model = tf.stack([rate, momentum]), None
         self._move(solved, coefficients)
         if self._guarded:
-            self.state.guard.accept(observation.tape.loss)
+            self.state.guard.accept(observation.loss)
         self.state.note(
             learning_rate=coefficients[0],
             momentum=coefficients[1] + self.length.spring,
@@ -216,7 +229,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
             self.curvature.from_matrices(solved),
             objective,
         )
-        loss = tf.cast(observation.tape.loss, dtype)
+        loss = tf.cast(observation.loss, dtype)
         rate, _ = self.line_search.search(trial.evaluate, loss)
         trial.take_back(tf.constant(True))
         return rate
@@ -237,20 +250,22 @@ class PreconditionedOptimizer(ModelledOptimizer):
 
     def _set_damping(self) -> None:
         """Starts the damping, or looks it up in its schedule."""
-        if isinstance(self.damping, float):
-            self.state.damping.assign(self.damping)
-        elif isinstance(self.damping, LevenbergMarquardt):
-            self.state.damping.assign(
-                tf.cond(
-                    tf.equal(self.state.count("refreshes"), 0),
-                    lambda: self.damping.start(
-                        self.curvature.mean_eigenvalue()
-                    ),
-                    lambda: self.state.damping.value,
-                )
+        rule = self.damping
+        if isinstance(rule, float):
+            self.state.damping.assign(rule)
+        elif isinstance(rule, LevenbergMarquardt):
+            first = tf.equal(self.state.count("refreshes"), 0)
+
+            def start() -> tf.Tensor:
+                mean = self.curvature.mean_eigenvalue()
+                self.state.damping.assign(rule.start(mean))
+                return tf.constant(0)
+
+            distribution.across_replicas(
+                lambda: tf.cond(first, start, lambda: tf.constant(0))
             )
         else:
-            self.state.damping.assign(self.damping(self.iterations))
+            self.state.damping.assign(rule(self.iterations))
 
     def _refresh_if(self, due: tf.Tensor) -> None:
         """Recomputes the inverses when it is time."""
@@ -260,7 +275,9 @@ class PreconditionedOptimizer(ModelledOptimizer):
             damping = self._inverse_damping()
             if self.length.spring:
                 self._inverted_at.assign(damping)
-            retries, failures = self.curvature.refresh(damping, self._ridge)
+            retries, failures = self.curvature.refresh(
+                damping, self._ridge, distribution.refresh_devices()
+            )
             self.state.increment(
                 refreshes=1, retries=retries, failures=failures
             )
@@ -269,7 +286,9 @@ class PreconditionedOptimizer(ModelledOptimizer):
             )
             return tf.constant(0)
 
-        tf.cond(due, refresh, lambda: tf.constant(0))
+        distribution.across_replicas(
+            lambda: tf.cond(due, refresh, lambda: tf.constant(0))
+        )
 
     def _inverse_damping(self) -> tf.Tensor:
         """Returns the damping of the inverses."""
@@ -285,21 +304,20 @@ class PreconditionedOptimizer(ModelledOptimizer):
         rule, objective = self.damping, observation.tape.objective
         if not isinstance(rule, LevenbergMarquardt) or objective is None:
             return
-        loss = tf.cast(observation.tape.loss, model.change.dtype)
+        loss = tf.cast(observation.loss, model.change.dtype)
 
-        def adapt() -> tf.Tensor:
-            change = tf.cast(objective(), loss.dtype) - loss
-            ratio = tf.math.divide_no_nan(change, model.change)
+        def adapt() -> None:
+            now = distribution.sum_over_replicas(
+                tf.cast(objective(), loss.dtype)
+            )
+            ratio = tf.math.divide_no_nan(now - loss, model.change)
             self.state.note(reduction_ratio=ratio)
+            mean = distribution.across_replicas(self.curvature.mean_eigenvalue)
             self.state.damping.assign(
                 rule.adapt(
-                    self.state.damping.value,
-                    ratio,
-                    model.fisher_share,
-                    self.curvature.mean_eigenvalue(),
+                    self.state.damping.value, ratio, model.fisher_share, mean
                 )
             )
-            return tf.constant(0)
 
         step = tf.convert_to_tensor(self.iterations)
-        tf.cond(is_multiple(step, rule.period), adapt, lambda: tf.constant(0))
+        distribution.cond(is_multiple(step, rule.period), adapt)

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat
+from keras_natgrad import _compat, distribution
 from keras_natgrad.linalg import scalar
 from keras_natgrad.optimizers.adaptive import AdaptiveOptimizer
 from keras_natgrad.optimizers.base import Observation
@@ -34,22 +34,24 @@ class RetractingOptimizer(AdaptiveOptimizer):
     def has_surged(self, observation: Observation) -> tf.Tensor:
         if not self._guarded:
             return tf.constant(False)
-        guard, loss = self.state.guard, observation.tape.loss
+        guard, loss = self.state.guard, observation.loss
         surge = guard.is_surge(loss) & observation.usable
         objective = observation.tape.objective
         if objective is not None:
-            surge = tf.cond(
+            before = tf.cond(
                 surge,
-                lambda: guard.is_blamed(
-                    loss,
+                lambda: tf.cast(
                     loss_before(
                         objective,
                         _compat.optimizer_variables(self),
                         self._velocities,
                     ),
+                    loss.dtype,
                 ),
-                lambda: tf.constant(False),
+                lambda: tf.zeros_like(loss),
             )
+            before = distribution.sum_over_replicas(before)
+            surge &= guard.is_blamed(loss, before)
         # One batch that is not finite has bad data; a second one in a row
         # says that the weights are bad.
         again = ~observation.usable & self.state.skipped_last()

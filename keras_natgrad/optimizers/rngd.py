@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat
+from keras_natgrad import _compat, distribution
 from keras_natgrad.capture import Plan, match_layers
 from keras_natgrad.curvature import (
     BlockDiagonal,
@@ -236,7 +236,9 @@ class RNGD(PreconditionedOptimizer):
                 self._capture(observation),
                 self._find_sources(),
                 observation.tape.taps,
-                tf.stack([tf.constant(self.seed, tf.int32), batches]),
+                distribution.replica_seed(
+                    tf.stack([tf.constant(self.seed, tf.int32), batches])
+                ),
             )
             self.curvature.accumulate(statistics, self.factor_decay)
             self.state.increment(curvature_updates=1)
@@ -272,7 +274,9 @@ class RNGD(PreconditionedOptimizer):
 
         def refresh() -> tf.Tensor:
             retries, failures = self.curvature.refresh(
-                self._inverse_damping(), self._ridge
+                self._inverse_damping(),
+                self._ridge,
+                distribution.refresh_devices(),
             )
             self.state.increment(
                 refreshes=1, retries=retries, failures=failures
@@ -282,7 +286,9 @@ class RNGD(PreconditionedOptimizer):
             )
             return tf.constant(0)
 
-        tf.cond(due, refresh, lambda: tf.constant(0))
+        distribution.across_replicas(
+            lambda: tf.cond(due, refresh, lambda: tf.constant(0))
+        )
 
     # -- Saving ----------------------------------------------------------
 

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat
+from keras_natgrad import _compat, distribution
 from keras_natgrad.capture import Plan
 from keras_natgrad.curvature import BlockDiagonal, BlockOptions, CapturedPass
 from keras_natgrad.curvature.factor_columns import Columns
@@ -129,6 +129,15 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
         (print_fn or print)(text)
 
     # -- One step --------------------------------------------------------
+
+    @override
+    def check_replicas(self) -> None:
+        distribution.refuse_replicas(
+            type(self).__name__,
+            "an exact solver",
+            "it solves with all examples of the batch at once",
+            "Use keras_natgrad.KFAC, or one device.",
+        )
 
     @override
     def observe(self, observation: Observation) -> None:

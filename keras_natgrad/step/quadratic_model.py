@@ -107,6 +107,8 @@ class AveragedGram:
         refresh: `Refresh`, for its warm-up.
         add_curvature_variable: `VariableFactory` of the curvature's dtype.
         add_variable: The optimizer's `add_variable`.
+        add_sum: `VariableFactory` of what is the sum of a part on every
+            replica; `add_curvature_variable` without it.
     """
 
     def __init__(
@@ -115,12 +117,15 @@ class AveragedGram:
         refresh: Refresh,
         add_curvature_variable: Any,
         add_variable: Any,
+        add_sum: Any = None,
     ) -> None:
         self.model = model
         if refresh.growth is not None:
             refresh = replace(refresh, growth=min(refresh.growth, _LONGEST_GAP))
         self._refresh = refresh
-        self._quotients = add_curvature_variable("quotients", (2, 2), "zeros")
+        # Of δᵀFδ, every replica knows its examples' part.
+        add_sum = add_sum or add_curvature_variable
+        self._quotients = add_sum("quotients", (2, 2), "zeros")
         # A quotient of a direction that was zero has not been seen: each has
         # a weight of its own.
         self._weights = add_curvature_variable(
@@ -156,7 +161,7 @@ class AveragedGram:
         self._due_at.assign(self._refresh.next_due(step, self.model.period))
 
     def read(self, norms: tf.Tensor) -> tf.Tensor:
-        """Returns Q for directions of these norms."""
+        """Returns Q for directions of these norms, this replica's part."""
         mean = tf.math.divide_no_nan(self._quotients.value, self._weights.value)
         return mean * norms * norms[:, tf.newaxis]
 

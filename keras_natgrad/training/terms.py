@@ -123,10 +123,10 @@ def in_support(terms: Sequence[OutputTerm]) -> tf.Tensor:
     return result
 
 
-def has_weight(terms: Sequence[OutputTerm]) -> tf.Tensor:
-    """Returns whether any example of the batch counts."""
+def total_weight(terms: Sequence[OutputTerm]) -> tf.Tensor:
+    """Returns the sum of all loss coefficients, zero if nothing counts."""
     totals = [tf.reduce_sum(term.coefficients) for term in terms]
-    return tf.reduce_any([total > 0 for total in totals])
+    return tf.stop_gradient(tf.add_n(totals))
 
 
 def _resolve(path: tuple[Any, ...], structure: Any) -> Any:

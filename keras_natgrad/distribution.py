@@ -1,0 +1,176 @@
+"""What replicas of a `tf.distribute` strategy have to agree on.
+
+Every replica sees a part of the batch. The loss coefficients are those of the
+whole batch (Keras divides means by the number of replicas), so that gradients,
+losses, statistics of the curvature and `δᵀFδ` are sums over the replicas.
+What is made of these sums is the same on every replica, and so are all
+decisions.
+
+Statistics stay where they were computed: their variables are read as the sum
+of all replicas' parts, and only in the cross-replica context, where inverses
+are refreshed.
+
+Without a strategy, or with one replica, all functions here do nothing but
+call what they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+_NO_MERGE_CALL = (
+    "{name} cannot be compiled by XLA under a strategy with several replicas. "
+    "Pass `jit_compile=False` to `compile`."
+)
+_UNSUPPORTED = (
+    "{name} with {what} does not run on {count} replicas: {reason}. {instead}"
+)
+
+
+def replica_count() -> int:
+    """Returns the number of replicas that share a batch, one outside."""
+    if tf.distribute.get_replica_context() is None:
+        return 1
+    return int(tf.distribute.get_strategy().num_replicas_in_sync)
+
+
+def replica_key() -> int | None:
+    """Returns what tells this replica from the others of its process."""
+    context = tf.distribute.get_replica_context()
+    if context is None or replica_count() == 1:
+        return 0
+    # A constant in graphs; no constant on a TPU, where all replicas share one
+    # trace.
+    identifier = tf.get_static_value(
+        tf.convert_to_tensor(context.replica_id_in_sync_group)
+    )
+    return None if identifier is None else int(identifier)
+
+
+def replica_seed(seed: tf.Tensor) -> tf.Tensor:
+    """Returns a seed of this replica's own, an int32 `[2]` tensor."""
+    if replica_count() == 1:
+        return seed
+    context = tf.distribute.get_replica_context()
+    identifier = tf.cast(context.replica_id_in_sync_group, tf.int32)
+    return tf.random.fold_in(seed, identifier, alg="philox")
+
+
+def sum_over_replicas(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns the sum of a tensor over all replicas.
+
+    Never inside `tf.cond` or a loop, which `cond` below is for.
+    """
+    if replica_count() == 1:
+        return tensor
+    context = tf.distribute.get_replica_context()
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+
+
+def cond(
+    predicate: tf.Tensor,
+    true_function: Callable[[], Any],
+    false_function: Callable[[], Any] | None = None,
+) -> None:
+    """`tf.cond` whose branches may talk to the other replicas.
+
+    Args:
+        predicate: Scalar bool, the same on all replicas.
+        true_function: Called for what it does.
+        false_function: Likewise, if there is anything to do.
+    """
+    false_function = false_function or _nothing
+    if replica_count() == 1:
+        tf.cond(predicate, _quiet(true_function), _quiet(false_function))
+        return
+
+    # As Keras's LossScaleOptimizer does: a branch of a `tf.cond` in the
+    # replica context must not merge, replicas called inside one may.
+    def across(
+        strategy: tf.distribute.Strategy,
+        predicates: Any,
+        true_functions: Any,
+        false_functions: Any,
+    ) -> None:
+        def call(functions: Any) -> Callable[[], tf.Tensor]:
+            def branch() -> tf.Tensor:
+                strategy.extended.call_for_each_replica(
+                    lambda function: function(), args=(functions,)
+                )
+                return tf.constant(0)
+
+            return branch
+
+        first = strategy.experimental_local_results(predicates)[0]
+        tf.cond(first, call(true_functions), call(false_functions))
+
+    tf.distribute.get_replica_context().merge_call(
+        across,
+        args=(predicate, _quiet(true_function), _quiet(false_function)),
+    )
+
+
+def across_replicas(function: Callable[[], Any]) -> Any:
+    """Calls a function once for all replicas.
+
+    There, variables are read and assigned for all replicas: a sum is read as
+    the sum of its parts.
+
+    Args:
+        function: Closes over nothing but variables and what is the same on
+            all replicas.
+
+    Returns:
+        What the function returns.
+    """
+    if replica_count() == 1:
+        return function()
+    return tf.distribute.get_replica_context().merge_call(
+        lambda strategy: function()
+    )
+
+
+def refresh_devices() -> Sequence[str]:
+    """Returns the devices of this process that share out a refresh."""
+    strategy = tf.distribute.get_strategy()
+    if int(strategy.num_replicas_in_sync) == 1:
+        return ()
+    return tuple(strategy.extended.worker_devices)
+
+
+def check_merge(name: str) -> None:
+    """Raises ValueError where replicas cannot leave their context."""
+    if replica_count() == 1:
+        return
+    if tf.__internal__.distribute.strategy_supports_no_merge_call():
+        raise ValueError(_NO_MERGE_CALL.format(name=name))
+
+
+def refuse_replicas(name: str, what: str, reason: str, instead: str) -> None:
+    """Raises ValueError for what one replica alone can do."""
+    count = replica_count()
+    if count > 1:
+        raise ValueError(
+            _UNSUPPORTED.format(
+                name=name,
+                what=what,
+                count=count,
+                reason=reason,
+                instead=instead,
+            )
+        )
+
+
+def _quiet(function: Callable[[], Any]) -> Callable[[], tf.Tensor]:
+    def call() -> tf.Tensor:
+        function()
+        return tf.constant(0)
+
+    return call
+
+
+def _nothing() -> None:
+    """Does nothing."""
