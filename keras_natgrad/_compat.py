@@ -188,6 +188,8 @@ def wrapped_optimizers(optimizer: Any) -> Iterator[Any]:
         return
     yield optimizer
     yield from wrapped_optimizers(getattr(optimizer, "inner_optimizer", None))
+    for inner in getattr(optimizer, "optimizers", ()):
+        yield from wrapped_optimizers(inner)
 
 
 def keras_mask(outputs: Any) -> Any:

@@ -61,13 +61,9 @@ def float64(restored_keras_settings):
     keras.config.set_dtype_policy("float64")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def mirrored_strategy():
-    """Two replicas on the two logical CPUs.
+    """Two replicas on the two logical CPUs."""
+    from tests.distribution.strategy import two_replicas
 
-    One for all tests of a process: collective operations of a second one would
-    clash with its.
-    """
-    return tf.distribute.MirroredStrategy(
-        [f"CPU:{index}" for index in range(LOGICAL_CPUS)]
-    )
+    return two_replicas()

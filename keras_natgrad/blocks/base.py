@@ -187,7 +187,10 @@ class Block(abc.ABC):
         """
 
     def accumulate(
-        self, statistics: Sequence[tf.Tensor], decay: float | tf.Tensor
+        self,
+        statistics: Sequence[tf.Tensor],
+        decay: float | tf.Tensor,
+        may_overflow: bool = False,
     ) -> None:
         """Folds statistics into the running averages.
 
@@ -197,8 +200,19 @@ class Block(abc.ABC):
         Args:
             statistics: Input statistics followed by cotangent statistics.
             decay: Scalar β in [0, 1).
+            may_overflow: Whether they come from float16. Statistics that are
+                not finite then change nothing: `β` is one for this block.
         """
         decay = scalar(decay, self.dtype)
+        if may_overflow and statistics:
+            finite = [
+                tf.math.is_finite(tf.reduce_sum(new)) for new in statistics
+            ]
+            fine = tf.reduce_all(finite)
+            decay = tf.where(fine, decay, tf.ones_like(decay))
+            statistics = [
+                tf.where(fine, new, tf.zeros_like(new)) for new in statistics
+            ]
         for average, new in zip(self._averages, statistics, strict=True):
             average.assign(
                 decay * average.value

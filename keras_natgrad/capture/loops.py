@@ -70,7 +70,9 @@ def _treats_examples_independently(layer: keras.layers.Layer) -> bool:
     return known and all(variable.trainable for variable in layer.variables)
 
 
-def folded_call(layer: keras.layers.TimeDistributed) -> Callable[..., Any]:
+def folded_call(
+    layer: keras.layers.TimeDistributed, original: Callable[..., Any]
+) -> Callable[..., Any]:
     """Returns a `call` for a TimeDistributed that needs no loop if it can.
 
     The wrapped layer sees `[batch · time, ...]`; its canonical positions are
@@ -79,8 +81,9 @@ def folded_call(layer: keras.layers.TimeDistributed) -> Callable[..., Any]:
 
     Args:
         layer: A `keras.layers.TimeDistributed`.
+        original: Its own `call`.
     """
-    original, inner = layer.call, layer.layer
+    inner = layer.layer
 
     def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
         masked = mask is not None and takes_argument(inner, "mask")

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_natgrad._compat import flatten_layers
+from keras_natgrad.capture.replaced_call import replace_call, restore_call
 from keras_natgrad.capture.taps import Taps
 
 
@@ -68,13 +69,15 @@ class CurvatureTape:
 
     def __enter__(self) -> CurvatureTape:
         self.taps.__enter__()
-        original = self._model.call
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.model_outputs = original(*args, **kwargs)
-            return self.model_outputs
+        def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.model_outputs = original(*args, **kwargs)
+                return self.model_outputs
 
-        object.__setattr__(self._model, "call", call)
+            return call
+
+        replace_call(self._model, noting)
         self.gradient_tape.__enter__()
         return self
 
@@ -85,7 +88,7 @@ class CurvatureTape:
         traceback: TracebackType | None,
     ) -> None:
         self.gradient_tape.__exit__(kind, error, traceback)
-        object.__delattr__(self._model, "call")
+        restore_call(self._model)
         self.taps.__exit__(kind, error, traceback)
 
     def observe(self, terms: Sequence[Any]) -> None:

@@ -18,6 +18,7 @@ from keras_natgrad.capture.registry import (
     linear_maps,
     may_support,
 )
+from keras_natgrad.capture.replaced_call import replace_call, restore_call
 from keras_natgrad.linalg import Rows, StructuredRows, homogeneous
 
 
@@ -237,10 +238,9 @@ class Taps:
         for layer in self._layers:
             record = LayerUses(layer)
             self._records[id(layer)] = record
-            # Bypasses Keras's attribute tracking: this is not state.
-            object.__setattr__(layer, "call", _tapped(layer, record))
+            replace_call(layer, functools.partial(_tapped, layer, record))
         for layer in self._folded:
-            object.__setattr__(layer, "call", folded_call(layer))
+            replace_call(layer, functools.partial(folded_call, layer))
         return self
 
     def __exit__(
@@ -250,13 +250,16 @@ class Taps:
         traceback: TracebackType | None,
     ) -> None:
         for layer in [*self._layers, *self._folded]:
-            object.__delattr__(layer, "call")
+            restore_call(layer)
         for record in self._records.values():
             _drop_foreign(record)
 
 
-def _tapped(layer: keras.layers.Layer, record: LayerUses) -> Callable[..., Any]:
-    original = layer.call
+def _tapped(
+    layer: keras.layers.Layer,
+    record: LayerUses,
+    original: Callable[..., Any],
+) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -157,11 +157,21 @@ class BlockDiagonal:
         )
 
     def accumulate(
-        self, statistics: Statistics, decay: float | tf.Tensor
+        self,
+        statistics: Statistics,
+        decay: float | tf.Tensor,
+        may_overflow: bool = False,
     ) -> None:
-        """Folds a batch's statistics into the running averages."""
+        """Folds a batch's statistics into the running averages.
+
+        Args:
+            statistics: One tuple per entry.
+            decay: Decay of the averages.
+            may_overflow: Whether they come from float16, see
+                `Block.accumulate`.
+        """
         for entry, new in zip(self.entries, statistics, strict=True):
-            entry.block.accumulate(new, decay)
+            entry.block.accumulate(new, decay, may_overflow)
 
     # -- Curvature -------------------------------------------------------
 

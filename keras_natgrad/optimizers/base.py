@@ -13,25 +13,24 @@ import tensorflow as tf
 from keras_natgrad import _compat, distribution
 from keras_natgrad.capture import (
     CurvatureTape,
-    LayerRecord,
     Plan,
     make_plan,
     match_layers,
 )
 from keras_natgrad.capture.patterns import pattern_name
-from keras_natgrad.curvature import OutputTerm
 from keras_natgrad.optimizers.coverage import (
     check_batched,
     check_reached,
     warn_of_plan,
 )
+from keras_natgrad.optimizers.observation import Observation, all_finite
 from keras_natgrad.training import install
 from keras_natgrad.training.choices import (
     Choice,
     declared_rows,
     warn_of_fallbacks,
 )
-from keras_natgrad.training.terms import in_support, mean_terms, total_weight
+from keras_natgrad.training.terms import mean_terms
 
 _NOT_ATTACHED = (
     "This {name} optimizer is not attached to a model, so it cannot see the "
@@ -48,58 +47,6 @@ _KERAS_MERGES = (
     "Keras does not support `{argument}` under a strategy with several "
     "replicas. Received: {argument}={value!r}"
 )
-
-
-class Observation:
-    """The curvature of one batch, on its way from tape to step.
-
-    It lives from `tape.gradient` to `optimizer.apply`, inside one trace.
-
-    Attributes:
-        tape: The `CurvatureTape`.
-        terms: The network's outputs as `OutputTerm`s.
-        records: One `LayerRecord` per captured layer, in plan order.
-        loss: Scalar loss of the batch, on all replicas together.
-        usable: Scalar bool: loss and gradients finite, targets possible.
-        share: This replica's share of the examples' weights; `None` where
-            there are no others.
-        surged: Scalar bool: the last step has to be taken back.
-    """
-
-    surged: tf.Tensor
-
-    def __init__(
-        self,
-        tape: CurvatureTape,
-        terms: Sequence[OutputTerm],
-        records: Sequence[LayerRecord],
-        gradients: Sequence[Any],
-    ) -> None:
-        self.tape = tape
-        self.terms = terms
-        self.records = records
-        assert tape.loss is not None
-        self.loss = tf.convert_to_tensor(tape.loss)
-        # A loss may be infinite where its gradient is not.
-        fine = (
-            all_finite(gradients)
-            & in_support(terms)
-            & tf.reduce_all(tf.math.is_finite(self.loss))
-        )
-        weight = total_weight(terms)
-        self.share: tf.Tensor | None = None
-        if distribution.replica_count() > 1:
-            own = tf.cast([weight, tf.cast(~fine, weight.dtype)], weight.dtype)
-            total, faults = tf.unstack(distribution.sum_over_replicas(own))
-            self.share = tf.math.divide_no_nan(weight, total)
-            self.loss = distribution.sum_over_replicas(self.loss)
-            fine, weight = tf.equal(faults, 0), total
-        self.usable = fine & (weight > 0)
-
-    @property
-    def accepted(self) -> tf.Tensor:
-        """Scalar bool: the batch enters the statistics and makes a step."""
-        return self.usable & tf.logical_not(self.surged)
 
 
 class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
@@ -439,15 +386,3 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         if plan is not None:
             optimizer._hide("_plan", Plan.from_config(plan))
         return optimizer
-
-
-def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
-    """Returns whether all gradients are finite; `None` counts as such."""
-    sums = [tf.reduce_sum(_values(g)) for g in gradients if g is not None]
-    return tf.reduce_all([tf.math.is_finite(total) for total in sums])
-
-
-def _values(gradient: Any) -> tf.Tensor:
-    if isinstance(gradient, tf.IndexedSlices):
-        return gradient.values
-    return gradient

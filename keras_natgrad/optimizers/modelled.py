@@ -16,7 +16,7 @@ from keras_natgrad.curvature import (
     random_cotangents,
     sum_over,
 )
-from keras_natgrad.optimizers.base import Observation
+from keras_natgrad.optimizers.observation import Observation
 from keras_natgrad.optimizers.retraction import RetractingOptimizer
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.step import (

@@ -15,8 +15,8 @@ from keras_natgrad.curvature import (
     BlockDiagonal,
     BlockOptions,
 )
-from keras_natgrad.optimizers.base import Observation
 from keras_natgrad.optimizers.modelled import ModelledOptimizer, SolvedModel
+from keras_natgrad.optimizers.observation import Observation
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.optimizers.summary import render_table
 from keras_natgrad.step import (
@@ -140,10 +140,12 @@ class PreconditionedOptimizer(ModelledOptimizer):
 
         def update() -> tf.Tensor:
             # Captured here, it costs nothing on the steps between.
-            statistics = self.curvature.statistics(
-                self._capture(observation), self.fisher, seed
+            captured = self._capture(observation)
+            self.curvature.accumulate(
+                self.curvature.statistics(captured, self.fisher, seed),
+                self.factor_decay,
+                captured.is_half,
             )
-            self.curvature.accumulate(statistics, self.factor_decay)
             self.state.increment(curvature_updates=1)
             self.state.update_at.assign(
                 self.refresh.next_due(batches, self.refresh.curvature_period)

@@ -13,7 +13,7 @@ from keras_natgrad.curvature.residual_factor import (
     TapeFactor,
     pointwise_jacobian,
 )
-from keras_natgrad.optimizers.base import all_finite
+from keras_natgrad.optimizers.observation import all_finite
 from keras_natgrad.solvers import FisherFactor
 
 

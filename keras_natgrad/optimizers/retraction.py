@@ -10,7 +10,7 @@ from typing_extensions import override
 from keras_natgrad import _compat, distribution
 from keras_natgrad.linalg import scalar
 from keras_natgrad.optimizers.adaptive import AdaptiveOptimizer
-from keras_natgrad.optimizers.base import Observation
+from keras_natgrad.optimizers.observation import Observation
 from keras_natgrad.step import LevenbergMarquardt
 from keras_natgrad.step.guard import loss_before
 

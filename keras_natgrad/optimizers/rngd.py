@@ -20,7 +20,7 @@ from keras_natgrad.curvature import (
     find_sources,
     plan_metrics,
 )
-from keras_natgrad.optimizers.base import Observation
+from keras_natgrad.optimizers.observation import Observation
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import QuadraticModel, Refresh, StepLength
 from keras_natgrad.step.damping import check_fraction, check_positive
@@ -228,19 +228,22 @@ class RNGD(PreconditionedOptimizer):
         started = self.identity_start | (updates > 0)
         due = self.refresh.is_due(batches, self.state.refresh_at.value)
         self._set_damping()
-        self._refresh_if(due & started)
+        self._refresh_if(due & started & observation.accepted)
 
         def update() -> tf.Tensor:
             assert isinstance(self.curvature, RelativeCurvature)
+            captured = self._capture(observation)
             statistics = self.curvature.relative_statistics(
-                self._capture(observation),
+                captured,
                 self._find_sources(),
                 observation.tape.taps,
                 distribution.replica_seed(
                     tf.stack([tf.constant(self.seed, tf.int32), batches])
                 ),
             )
-            self.curvature.accumulate(statistics, self.factor_decay)
+            self.curvature.accumulate(
+                statistics, self.factor_decay, captured.is_half
+            )
             self.state.increment(curvature_updates=1)
             self.state.update_at.assign(
                 self.refresh.next_due(batches, self.refresh.curvature_period)

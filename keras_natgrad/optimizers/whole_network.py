@@ -15,7 +15,7 @@ from keras_natgrad.curvature import BlockDiagonal, BlockOptions, CapturedPass
 from keras_natgrad.curvature.factor_columns import Columns
 from keras_natgrad.curvature.network_factor import NetworkFactor
 from keras_natgrad.optimizers.adaptive import AdaptiveOptimizer
-from keras_natgrad.optimizers.base import Observation
+from keras_natgrad.optimizers.observation import Observation
 from keras_natgrad.optimizers.residuals import ResidualObservation
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.optimizers.summary import render_solver

@@ -39,11 +39,23 @@ def install(model: keras.Model) -> None:
 
 
 def curvature_optimizer(optimizer: Any) -> Any:
-    """Returns the optimizer of this package inside wrappers, or `None`."""
-    for candidate in _compat.wrapped_optimizers(optimizer):
-        if hasattr(candidate, "receive_curvature"):
-            return candidate
-    return None
+    """Returns the optimizer of this package inside wrappers, or `None`.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    found = [
+        candidate
+        for candidate in _compat.wrapped_optimizers(optimizer)
+        if hasattr(candidate, "receive_curvature")
+    ]
+    if len(found) > 1:
+        raise ValueError(
+            "A model takes one optimizer of keras_natgrad; give its other "
+            "variables to an optimizer of Keras, or all of them to this one. "
+            f"Received: {[each.name for each in found]}"
+        )
+    return found[0] if found else None
 
 
 def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
@@ -87,6 +99,9 @@ def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
         tape.loss = loss
         loss = model.optimizer.scale_loss(loss)
     variables = model.trainable_variables
+    if not model.optimizer.built:
+        # A wrapper decides which variables the optimizer gets.
+        model.optimizer.build(variables)
     gradients = tape.gradient(loss, variables)
     model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
     logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)

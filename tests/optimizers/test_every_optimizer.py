@@ -111,22 +111,6 @@ def test_saved_and_resumed_bit_for_bit(make, tmp_path):
     assert_equal(state(loaded), state(model))
 
 
-def test_weights_file_and_backup(make, tmp_path):
-    x, y = data()
-    model = compiled(mlp(), make(), run_eagerly=False)
-    keep = [
-        keras.callbacks.ModelCheckpoint(tmp_path / "best.keras"),
-        keras.callbacks.BackupAndRestore(tmp_path / "backup"),
-        keras.callbacks.EarlyStopping("loss", patience=5),
-        keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.9 * rate),
-        keras.callbacks.TerminateOnNaN(),
-    ]
-    history = model.fit(x, y, epochs=3, callbacks=keep, **FIT)
-    assert history.history["loss"][-1] < history.history["loss"][0]
-    loaded = keras.saving.load_model(tmp_path / "best.keras")
-    assert_equal(state(loaded), state(model))
-
-
 def test_config_round_trip(make):
     optimizer = make(weight_decay=0.01, clipnorm=1.0)
     copy = type(optimizer).from_config(optimizer.get_config())
@@ -150,11 +134,10 @@ def test_config_round_trip(make):
     ],
     ids=lambda kwargs: next(iter(kwargs)),
 )
-@pytest.mark.parametrize(
-    "name", ["natural_gradient", "kernel", "cg", "prong", "rngd"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kernel", "cg"])
 def test_base_arguments(name, kwargs):
-    """Those of KFAC have tests of their own."""
+    """Those of the default arguments are in `tests/contract`."""
     make = OPTIMIZERS[name]
     x, y = data()
     model = compiled(mlp(), make(**kwargs))

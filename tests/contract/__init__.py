@@ -1,0 +1,1 @@
+"""The Keras contract: every optimizer against every feature of Keras."""
