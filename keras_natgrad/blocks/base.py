@@ -101,6 +101,7 @@ class Block(abc.ABC):
     def __init__(self, shape: BlockShape) -> None:
         self.shape = shape
         self._averages: list[keras.Variable] = []
+        self._caches: list[keras.Variable] = []
         self._add_variable: VariableFactory | None = None
         self._add_sum: VariableFactory | None = None
 
@@ -137,7 +138,20 @@ class Block(abc.ABC):
     def add_cache(self, name: str, shape: tuple[int, ...]) -> keras.Variable:
         """Adds a variable computed by `refresh`."""
         assert self._add_variable is not None, "build() has not been called"
-        return self._add_variable(name, shape, "zeros")
+        variable = self._add_variable(name, shape, "zeros")
+        self._caches.append(variable)
+        return variable
+
+    def copy_statistics(self, other: Block) -> None:
+        """Takes the running averages of a block of the same kind and shape."""
+        self._weight.assign(other._weight.value)
+        for own, new in zip(self._averages, other._averages, strict=True):
+            own.assign(new.value)
+
+    def copy_inverse(self, other: Block) -> None:
+        """Takes what the other block's last `refresh` has computed."""
+        for own, new in zip(self._caches, other._caches, strict=True):
+            own.assign(new.value)
 
     @property
     def dtype(self) -> str:

@@ -24,7 +24,7 @@ from keras_natgrad.optimizers.coverage import (
     warn_of_plan,
 )
 from keras_natgrad.optimizers.observation import Observation, all_finite
-from keras_natgrad.training import install
+from keras_natgrad.training import install, install_hook
 from keras_natgrad.training.choices import (
     Choice,
     declared_rows,
@@ -128,6 +128,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
             self._hide("_head", head)
         self._hide("_exclude", tuple(exclude))
         install(model)
+        if self.steps_outside:
+            install_hook(model)
         if self.built and not self._curvature_built:
             self._build_curvature(_compat.optimizer_variables(self))
         return self
@@ -287,6 +289,11 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
     @abc.abstractmethod
     def observe(self, observation: Observation) -> None:
         """Updates the statistics from one batch."""
+
+    @property
+    def steps_outside(self) -> bool:
+        """Whether something happens between two steps, outside the graph."""
+        return False
 
     @property
     def needs_objective(self) -> bool:

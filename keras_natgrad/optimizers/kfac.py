@@ -66,6 +66,12 @@ class KFAC(PreconditionedOptimizer):
         refresh_growth: Warm-up of both periods: the gap after step t is at
             most `refresh_growth · t` steps. `None` for no warm-up. Defaults
             to `0.15`.
+        refresh_where: Where the inverses are refreshed when they are due:
+            `"graph"`, in the step; `"host"`, on the CPU between two steps;
+            `"async"`, on the CPU while the next steps run with the old ones,
+            for at most `inverse_update_period` steps. Only `"async"` depends
+            on the timing. A loop of one's own calls `optimizer.after_step()`
+            between steps. Defaults to `"graph"`.
         quadratic_model: How the quadratic model's `δᵀFδ` is computed: a
             `keras_natgrad.QuadraticModel`, `"exact"` for the batch's own at
             every step, as in the literature, or `"estimated"` for
@@ -136,6 +142,7 @@ class KFAC(PreconditionedOptimizer):
         curvature_update_period: int = 10,
         inverse_update_period: int = 50,
         refresh_growth: float | None = 0.15,
+        refresh_where: str = "graph",
         quadratic_model: Any = "estimated",
         norm_constraint: float | None = None,
         block: Any = "auto",
@@ -171,7 +178,10 @@ class KFAC(PreconditionedOptimizer):
         self._hide(
             "refresh",
             Refresh(
-                curvature_update_period, inverse_update_period, refresh_growth
+                curvature_update_period,
+                inverse_update_period,
+                refresh_growth,
+                refresh_where,
             ),
         )
         self._hide("quadratic_model", get_quadratic_model(quadratic_model))
@@ -222,6 +232,7 @@ class KFAC(PreconditionedOptimizer):
             curvature_update_period=self.refresh.curvature_period,
             inverse_update_period=self.refresh.inverse_period,
             refresh_growth=self.refresh.growth,
+            refresh_where=self.refresh.where,
             quadratic_model=keras.saving.serialize_keras_object(
                 self.quadratic_model
             ),

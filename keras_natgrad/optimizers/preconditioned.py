@@ -15,6 +15,7 @@ from keras_natgrad.curvature import (
     BlockDiagonal,
     BlockOptions,
 )
+from keras_natgrad.optimizers.host_refresh import HostRefresh
 from keras_natgrad.optimizers.modelled import ModelledOptimizer, SolvedModel
 from keras_natgrad.optimizers.observation import Observation
 from keras_natgrad.optimizers.state import StepState
@@ -89,6 +90,8 @@ class PreconditionedOptimizer(ModelledOptimizer):
         ]
         self._hide("_ridge_rows", [Ridge(ridge[i], ridge[j]) for i, j in pairs])
 
+    _host_refresh: HostRefresh | None = None
+
     def make_blocks(
         self, plan: Plan, shapes: Sequence[tuple[int, ...]]
     ) -> BlockDiagonal:
@@ -129,6 +132,13 @@ class PreconditionedOptimizer(ModelledOptimizer):
                 "a LineSearch",
                 "every trial needs the loss of the whole batch",
                 "Use learning_rate='auto'.",
+            )
+        if self.refresh.where != "graph":
+            distribution.refuse_replicas(
+                type(self).__name__,
+                f"refresh_where={self.refresh.where!r}",
+                "the inverses are those of one device",
+                "Use refresh_where='graph'.",
             )
 
     @override
@@ -197,7 +207,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
             self._adapt_damping(observation, model)
         # An inverse that knows the batch it is applied to fits its noise: the
         # statistics of this batch serve the next ones.
-        self._refresh_if(due & ~forced)
+        self._refresh_if(due & ~forced, self.refresh.where != "graph")
 
     def _pulled(self, gradients: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
         """Returns `∇ + λ μ D φ₋₁` of SPRING, or the gradient as it is.
@@ -269,12 +279,27 @@ class PreconditionedOptimizer(ModelledOptimizer):
         else:
             self.state.damping.assign(rule(self.iterations))
 
-    def _refresh_if(self, due: tf.Tensor) -> None:
-        """Recomputes the inverses when it is time."""
+    def _refresh_if(self, due: tf.Tensor, outside: bool = False) -> None:
+        """Recomputes the inverses when it is time.
+
+        Args:
+            due: Scalar bool.
+            outside: Whether to ask for it only, see `after_step`.
+        """
         step = tf.convert_to_tensor(self.iterations)
 
+        def plan_next() -> tf.Tensor:
+            self.state.refresh_at.assign(
+                self.refresh.next_due(step, self.refresh.inverse_period)
+            )
+            return tf.constant(0)
+
+        def ask() -> tf.Tensor:
+            self.state.refresh_asked.assign(1)
+            return plan_next()
+
         def refresh() -> tf.Tensor:
-            damping = self._inverse_damping()
+            damping = self.inverse_damping()
             if self.length.spring:
                 self._inverted_at.assign(damping)
             retries, failures = self.curvature.refresh(
@@ -283,17 +308,45 @@ class PreconditionedOptimizer(ModelledOptimizer):
             self.state.increment(
                 refreshes=1, retries=retries, failures=failures
             )
-            self.state.refresh_at.assign(
-                self.refresh.next_due(step, self.refresh.inverse_period)
-            )
-            return tf.constant(0)
+            return plan_next()
 
+        function = ask if outside else refresh
         distribution.across_replicas(
-            lambda: tf.cond(due, refresh, lambda: tf.constant(0))
+            lambda: tf.cond(due, function, lambda: tf.constant(0))
         )
 
-    def _inverse_damping(self) -> tf.Tensor:
-        """Returns the damping of the inverses."""
+    def after_step(self) -> None:
+        """Refreshes inverses outside the graph, with `refresh_where`.
+
+        `fit` and `train_on_batch` call it after every step. A training loop
+        of one's own does so between two steps, outside any `tf.function`.
+        """
+        if self.refresh.where == "graph" or not self._curvature_built:
+            return
+        host_refresh = self._host_refresh
+        if host_refresh is None:
+            shapes = [tuple(v.shape) for v in _compat.optimizer_variables(self)]
+            host_refresh = HostRefresh(
+                self,
+                self.make_blocks(self._plan, shapes),
+                self.refresh.where == "async",
+                self.refresh.inverse_period,
+            )
+            self._hide("_host_refresh", host_refresh)
+        host_refresh.after_step()
+
+    @property
+    def steps_outside(self) -> bool:
+        """Whether `after_step` has something to do."""
+        return self.refresh.where != "graph"
+
+    @property
+    def ridge(self) -> Sequence[float]:
+        """Per variable, the curvature of its L2 regularizer."""
+        return self._ridge
+
+    def inverse_damping(self) -> tf.Tensor:
+        """Returns the damping of the inverses, a scalar."""
         damping = tf.convert_to_tensor(self.state.damping)
         if isinstance(self.damping, LevenbergMarquardt):
             damping *= self.damping.inverse_ratio

@@ -272,12 +272,12 @@ class RNGD(PreconditionedOptimizer):
         self.state.note(learning_rate=rate, momentum=momentum)
 
     @override
-    def _refresh_if(self, due: tf.Tensor) -> None:
+    def _refresh_if(self, due: tf.Tensor, outside: bool = False) -> None:
         batches = self.state.count("batches")
 
         def refresh() -> tf.Tensor:
             retries, failures = self.curvature.refresh(
-                self._inverse_damping(),
+                self.inverse_damping(),
                 self._ridge,
                 distribution.refresh_devices(),
             )

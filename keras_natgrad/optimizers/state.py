@@ -48,12 +48,13 @@ class StepState:
             name="counters",
         )
 
-        # Steps at which statistics and inverses are renewed next.
-        self.update_at, self.refresh_at = (
+        # Steps at which statistics and inverses are renewed next, and whether
+        # the graph has asked for a refresh that happens outside of it.
+        self.update_at, self.refresh_at, self.refresh_asked = (
             add_variable(
                 shape=(), initializer="zeros", dtype="int32", name=name
             )
-            for name in ("update_at", "refresh_at")
+            for name in ("update_at", "refresh_at", "refresh_asked")
         )
 
         # Whether the last batch was skipped, and the guard's averages.

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
+#: Where inverses may be refreshed.
+PLACES = ("graph", "host", "async")
+
 
 @dataclass(frozen=True)
 class Refresh:
@@ -20,11 +23,14 @@ class Refresh:
         inverse_period: Steps between refreshes of the inverses.
         growth: Gap per step so far, or `None` to keep to multiples of the
             periods from the start.
+        where: `"graph"` refreshes inverses in the step's graph, `"host"`
+            between two steps, `"async"` while the next steps run.
     """
 
     curvature_period: int
     inverse_period: int
     growth: float | None = None
+    where: str = "graph"
 
     def __post_init__(self) -> None:
         check_period("curvature_update_period", self.curvature_period)
@@ -33,6 +39,11 @@ class Refresh:
             raise ValueError(
                 "`refresh_growth` must be a positive number or None. "
                 f"Received: refresh_growth={self.growth!r}"
+            )
+        if self.where not in PLACES:
+            raise ValueError(
+                f"`refresh_where` must be one of {PLACES}. "
+                f"Received: refresh_where={self.where!r}"
             )
 
     def is_due(self, step: tf.Tensor, due_at: tf.Tensor) -> tf.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -36,6 +37,44 @@ def install(model: keras.Model) -> None:
     object.__setattr__(model, "train_step", MethodType(train_step, model))
     # A training function that Keras made before holds the old step.
     model.train_function = None
+
+
+class _Hooked:
+    """A training function after which the optimizer has its turn."""
+
+    def __init__(self, function: Callable[..., Any], model: Any) -> None:
+        self.function = function
+        self._model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        logs = self.function(*args, **kwargs)
+        model = self._model()
+        optimizer = curvature_optimizer(getattr(model, "optimizer", None))
+        if optimizer is not None and optimizer.steps_outside:
+            optimizer.after_step()
+        return logs
+
+
+def install_hook(model: keras.Model) -> None:
+    """Lets the optimizer do things between two steps of `fit`.
+
+    Args:
+        model: A `keras.Model` with the training step of this package.
+    """
+    if getattr(model.make_train_function, "__func__", None) is _make_hooked:
+        return
+    object.__setattr__(
+        model, "make_train_function", MethodType(_make_hooked, model)
+    )
+    model.train_function = None
+
+
+def _make_hooked(model: keras.Model, force: bool = False) -> Any:
+    if isinstance(model.train_function, _Hooked) and not force:
+        return model.train_function
+    type(model).make_train_function(model, force)
+    model.train_function = _Hooked(model.train_function, model)
+    return model.train_function
 
 
 def curvature_optimizer(optimizer: Any) -> Any:

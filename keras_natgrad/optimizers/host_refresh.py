@@ -1,0 +1,131 @@
+"""Refreshes of the inverses outside the graph of the training step."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_natgrad.curvature import BlockDiagonal
+
+
+class Refreshed(NamedTuple):
+    """Raised dampings and failed factorisations of one refresh."""
+
+    retries: int
+    failures: int
+
+
+class HostRefresh:
+    """Refreshes inverses between training steps, or while they go on.
+
+    The step's graph only asks for a refresh. After the step the statistics are
+    copied to blocks of the host's own, which are refreshed there by the same
+    code, and the inverses are copied back, all of them between two steps. In a
+    thread this is done while the next steps run; their inverses are then older
+    by these steps, at most by `max_staleness`.
+
+    Args:
+        optimizer: The optimizer, built.
+        host: Its blocks once more, unbuilt.
+        threaded: Whether training goes on meanwhile.
+        max_staleness: Most steps that a refresh may take, after which the
+            next step waits for it.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        host: BlockDiagonal,
+        threaded: bool,
+        max_staleness: int,
+    ) -> None:
+        self._optimizer = optimizer
+        self._host = host
+        self._threaded = threaded
+        self._max_staleness = max_staleness
+        self._executor: ThreadPoolExecutor | None = None
+        self._running: Future[Refreshed] | None = None
+        self._asked_at = 0
+        self._refreshes = 0
+        with tf.device("CPU:0"):
+            last = max(i for entry in host.entries for i in entry.variables)
+            host.build([str(i) for i in range(last + 1)], self._add_variable)
+
+    def after_step(self) -> None:
+        """Does what is due; called between two steps, outside any graph."""
+        step = int(self._optimizer.iterations)
+        state = self._optimizer.state
+        asked = bool(state.refresh_asked.numpy())
+        overdue = step - self._asked_at >= self._max_staleness
+        if self._running is not None:
+            if asked or overdue or self._running.done():
+                self.finish()
+        if not asked:
+            return
+        state.refresh_asked.assign(0)
+        self._start(step)
+        if not self._threaded:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for a refresh that is under way, and takes its inverses.
+
+        They are dropped where the step's graph has refreshed the inverses
+        since, as it does after a step that was taken back.
+        """
+        if self._running is None:
+            return
+        result = self._running.result()
+        self._running = None
+        state = self._optimizer.state
+        if int(state.count("refreshes")) != self._refreshes:
+            return
+        for own, host in self._pairs():
+            own.block.copy_inverse(host.block)
+        state.increment(
+            refreshes=1, retries=result.retries, failures=result.failures
+        )
+
+    def _start(self, step: int) -> None:
+        """Copies the statistics and begins with their inverses."""
+        optimizer = self._optimizer
+        for own, host in self._pairs():
+            host.block.copy_statistics(own.block)
+            # What a failed factorisation leaves in place.
+            host.block.copy_inverse(own.block)
+        damping = tf.identity(optimizer.inverse_damping())
+        self._asked_at = step
+        self._refreshes = int(optimizer.state.count("refreshes"))
+        if self._threaded:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, "keras_natgrad_refresh")
+            self._running = self._executor.submit(self._refresh, damping)
+            return
+        self._running = Future()
+        self._running.set_result(self._refresh(damping))
+
+    def _refresh(self, damping: tf.Tensor) -> Refreshed:
+        with tf.device("CPU:0"):
+            retries, failures = self._host.refresh(
+                damping, self._optimizer.ridge
+            )
+        return Refreshed(int(retries), int(failures))
+
+    def _pairs(self) -> list[tuple[Any, Any]]:
+        own = self._optimizer.curvature.entries
+        return list(zip(own, self._host.entries, strict=True))
+
+    def _add_variable(
+        self, name: str, shape: tuple[int, ...], initializer: str
+    ) -> Any:
+        # Not the optimizer's: it is no state, and is not saved.
+        return keras.Variable(
+            initializer,
+            shape,
+            self._optimizer.curvature_dtype,
+            trainable=False,
+            name=name,
+        )
