@@ -15,6 +15,7 @@ BENCHMARK ?= --task diabetes --methods kfac adam --seconds 10 \
 BIN := $(VENV)/bin
 TEST_STAMP := $(VENV)/.installed-tests
 DEV_STAMP := $(VENV)/.installed-dev
+DOCS_STAMP := $(VENV)/.installed-docs
 
 export KERAS_BACKEND := tensorflow
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -22,7 +23,7 @@ export MPLBACKEND ?= Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format benchmark clean
+.PHONY: help demo test slow lint format docs benchmark clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' \
@@ -46,6 +47,9 @@ format: $(DEV_STAMP) ## Format the code and sort the imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS_STAMP) ## Build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 benchmark: $(TEST_STAMP) ## Race K-FAC against Adam (BENCHMARK="--task ...")
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.run $(BENCHMARK)
@@ -68,3 +72,7 @@ $(TEST_STAMP): setup.py | $(BIN)/python
 $(DEV_STAMP): setup.py | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[plots,dev]"
 	@touch $(TEST_STAMP) $@
+
+$(DOCS_STAMP): setup.py | $(BIN)/python
+	$(BIN)/python -m pip install -e ".[docs]"
+	@touch $@

@@ -57,7 +57,8 @@ EXTRAS_REQUIRE = {
     "plots": PLOTS,
     "tensorboard": TENSORBOARD,
     "tuner": ["keras-tuner", "scikit-learn", *TENSORBOARD],
-    "docs": ["mkdocs-material", "mkdocstrings[python]"],
+    # Ruff breaks the lines of long signatures.
+    "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],
     "tests": TESTS,
     "dev": [*TESTS, "ruff", "mypy", "pre-commit", "build"],
 }

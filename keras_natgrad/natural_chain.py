@@ -68,10 +68,11 @@ def right_inverse(
 
     Example:
 
-    ```python
-    # y = (x, x): one operand with two requests gets their mean.
-    natural_chain.right_inverse([[1.0], [1.0]], [2.0, 4.0])  # [3.0]
-    ```
+    For y = (x, x), one operand with two requests gets their mean:
+
+    >>> chain = keras_natgrad.natural_chain
+    >>> float(chain.right_inverse([[1.0], [1.0]], [2.0, 4.0]).numpy()[0])
+    3.0
     """
     _check_damping(damping)
     jacobian = _floating("jacobian", jacobian)
@@ -119,9 +120,9 @@ def product(
 
     Example:
 
-    ```python
-    natural_chain.product(3.0, 4.0, 25.0)  # (4.0, 3.0)
-    ```
+    >>> a, b = keras_natgrad.natural_chain.product(3.0, 4.0, 25.0)
+    >>> float(a), float(b)
+    (4.0, 3.0)
     """
     _check_damping(damping)
     a = _floating("a", a)
@@ -155,9 +156,9 @@ def elementwise(
 
     Example:
 
-    ```python
-    natural_chain.elementwise([0.5, 0.0], [1.0, 1.0])  # [2.0, 0.0]
-    ```
+    >>> chain = keras_natgrad.natural_chain
+    >>> chain.elementwise([0.5, 0.0], [1.0, 1.0]).numpy().tolist()
+    [2.0, 0.0]
     """
     _check_damping(damping)
     derivative = _floating("derivative", derivative)
@@ -229,8 +230,9 @@ def dense(
     Example:
 
     ```python
-    change = natural_chain.dense(h, layer.kernel, n_z)
-    n_z_before = natural_chain.elementwise(slope, change.inputs)
+    chain = keras_natgrad.natural_chain
+    change = chain.dense(h, layer.kernel, n_z)
+    n_z_before = chain.elementwise(slope, change.inputs)
     ```
     """
     _check_damping(damping)

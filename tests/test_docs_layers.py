@@ -1,19 +1,10 @@
 """The code of docs/layers.md runs as it stands."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import keras_natgrad as kng
-
-TEXT = Path(__file__).resolve().parents[1] / "docs" / "layers.md"
-
-
-def blocks():
-    text = TEXT.read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+from tests.docs_code import ROOT, blocks_of_page
 
 
 @pytest.fixture
@@ -22,8 +13,8 @@ def names(monkeypatch):
     registry = kng.capture.registry
     monkeypatch.setattr(registry, "_LAYERS", dict(registry._LAYERS))
     names = {}
-    for code in blocks():
-        exec(compile(code, str(TEXT), "exec"), names)
+    for block in blocks_of_page(ROOT / "docs" / "layers.md"):
+        block.run(names)
     return names
 
 

@@ -42,9 +42,12 @@ def register_block(name: str) -> Any:
     Example:
 
     ```python
-    @keras_natgrad.register_block("identity")
-    class IdentityBlock(keras_natgrad.blocks.Block):
-        ...
+    @keras_natgrad.register_block("my_block")
+    class MyBlock(keras_natgrad.blocks.DiagonalBlock):
+        kind = "my_block"
+
+
+    optimizer = keras_natgrad.KFAC(block={"logits": "my_block"})
     ```
     """
 

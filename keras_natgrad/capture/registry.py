@@ -94,7 +94,9 @@ def register_layer(
         n, m = layer.w.shape
         return keras_natgrad.capture.LinearMap(
             variables=(layer.w,),
-            layout=ParameterLayout.of_matrix(n, m, bias=False),
+            layout=keras_natgrad.capture.ParameterLayout.of_matrix(
+                n, m, bias=False
+            ),
             inputs=lambda x: x[:, tf.newaxis],
             cotangents=lambda g: g[:, tf.newaxis],
         )

@@ -214,9 +214,9 @@ class Taps:
     Example:
 
     ```python
-    with Taps(layers) as taps:
+    with keras_natgrad.capture.Taps(layers) as taps:
         outputs = model(x)
-    taps.record(layer).preactivations
+    taps.record(layers[0]).preactivations
     ```
     """
 

@@ -65,7 +65,7 @@ class Family(Head):
     ```python
     @keras.saving.register_keras_serializable(package="my_package")
     class HalfNormal(keras_natgrad.heads.Family):
-        parameters = (Parameter("scale", "positive"),)
+        parameters = (keras_natgrad.heads.Parameter("scale", "positive"),)
         target_support = "nonnegative"
 
         def __init__(self, scale="softplus"):
@@ -75,7 +75,9 @@ class Family(Head):
             return tfp.distributions.HalfNormal(values["scale"])
 
         def information(self, values):
-            return Information((2.0 * tf.ones_like(values["scale"]),))
+            return keras_natgrad.heads.Information(
+                (2.0 * tf.ones_like(values["scale"]),)
+            )
     ```
 
     Args:

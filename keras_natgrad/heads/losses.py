@@ -154,10 +154,11 @@ def register_loss(
 
 
     def convert(loss):
-        return heads.Normal(scale=1.0), heads.LossWeight(units="sum")
+        head = keras_natgrad.heads.Normal(scale=1.0)
+        return head, keras_natgrad.heads.LossWeight(units="sum")
 
 
-    heads.register_loss(half_squared_error, convert)
+    keras_natgrad.heads.register_loss(half_squared_error, convert)
     ```
     """
     if not callable(loss_class_or_function) or isinstance(

@@ -47,8 +47,8 @@ class WhitenedDense(keras.layers.Dense):
     ```python
     model = keras.Sequential(
         [
-            keras.Input((784,)),
-            keras_natgrad.layers.WhitenedDense(80, activation="relu"),
+            keras.Input((64,)),
+            keras_natgrad.layers.WhitenedDense(32, activation="relu"),
             keras_natgrad.layers.WhitenedDense(10),
         ]
     )
