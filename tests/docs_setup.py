@@ -50,6 +50,20 @@ def classifier():
     }
 
 
+def distributed():
+    """A classifier that is made in the scope of a strategy."""
+    names = classifier()
+    return {**names, "build_model": lambda: _network(3, "softmax")}
+
+
+def heads_loop():
+    """Logits, and the head that reads them."""
+    return {
+        "build_model": lambda: _network(3),
+        "head": keras_natgrad.heads.Categorical(),
+    }
+
+
 def regression():
     """One target; a head of unit variance."""
     x = _inputs()
@@ -189,6 +203,12 @@ def compiled_step_runs(names):
     """Steps of the function that the example defines lower the loss."""
     step, x, y = names["train_step"], names["x"], names["y"]
     losses = [float(step(x, y)) for _ in range(6)]
+    assert losses[-1] < losses[0]
+
+
+def replicas_step(names):
+    """Steps of the strategy lower the loss."""
+    losses = [float(names["step"](names["x"], names["y"])) for _ in range(6)]
     assert losses[-1] < losses[0]
 
 

@@ -42,6 +42,10 @@ PAGES = {
     "defaults_and_divergence.md": [
         At("log_statistics", setup.regression, setup.trained),
     ],
+    "distribution.md": [
+        At("MirroredStrategy()", setup.distributed, setup.learned),
+        At("def replica_step", setup.heads_loop, setup.replicas_step),
+    ],
     "heads.md": [
         At("NegativeBinomial()", setup.counts),
         At("MixtureSameFamily", after=setup.mixture_density),
