@@ -517,6 +517,29 @@ def test_attach_in_a_search_without_the_wrapper(tmp_path, digits):
     assert callback.model is model
 
 
+def test_loss_scaling_resumes_with_its_scale(tmp_path, digits):
+    """Keras wraps the optimizer; both have the state that was saved."""
+
+    def build_half(hp):
+        keras.config.set_dtype_policy("mixed_float16")
+        return build(hp)
+
+    trained = []
+
+    class Kept(NaturalGradientHyperModel):
+        def fit(self, hp, model, *args, **kwargs):
+            trained.append(model)
+            model.optimizer.dynamic_scale.assign(64.0)
+            return super().fit(hp, model, *args, **kwargs)
+
+    tuner = random_search(tmp_path, Kept(build_half), max_trials=1)
+    tuner.search(*digits, batch_size=BATCH, verbose=0)
+    (model,) = tuner.get_best_models()
+    assert model.optimizer.inner_optimizer.statistics["batches"] == STEPS
+    assert model.optimizer.dynamic_scale == 64.0
+    assert_equal(state(model), state(trained[0]))
+
+
 def test_in_a_graph(tmp_path, digits):
     def build(hp):
         model = network(hp)
