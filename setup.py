@@ -43,12 +43,14 @@ INSTALL_REQUIRES = [
 
 PLOTS = ["matplotlib"]
 TENSORBOARD = ["tensorboard"]
+# Keras Tuner imports tensorboard and does not require it.
+TUNER = ["keras-tuner", "scikit-learn", *TENSORBOARD]
 TESTS = [
     "pytest>=8",
     "pytest-xdist",
     "hypothesis",
-    "scikit-learn",
     "matplotlib",
+    *TUNER,
     # The packaging test builds a wheel with the environment's own setuptools;
     # a new virtual environment may hold one too old for pyproject.toml.
     "setuptools>=77",
@@ -56,7 +58,7 @@ TESTS = [
 EXTRAS_REQUIRE = {
     "plots": PLOTS,
     "tensorboard": TENSORBOARD,
-    "tuner": ["keras-tuner", "scikit-learn", *TENSORBOARD],
+    "tuner": TUNER,
     # Ruff breaks the lines of long signatures.
     "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],
     "tests": TESTS,

@@ -1,5 +1,8 @@
 """Natural-gradient optimizers for Keras 3 on TensorFlow."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from keras_natgrad._backend import require_tensorflow_backend
 
 require_tensorflow_backend()
@@ -28,6 +31,9 @@ from keras_natgrad.step import (
 from keras_natgrad.training import ResidualModel
 from keras_natgrad.version import __version__
 
+if TYPE_CHECKING:
+    from keras_natgrad import tuner as tuner
+
 __all__ = [
     "KFAC",
     "PRONG",
@@ -53,3 +59,10 @@ __all__ = [
     "register_layer",
     "solvers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `tuner` where it is first used: Keras Tuner is optional."""
+    if name == "tuner":
+        return importlib.import_module("keras_natgrad.tuner")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

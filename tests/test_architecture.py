@@ -36,6 +36,7 @@ MAY_IMPORT["optimizers"] = {
 MAY_IMPORT["fisher"] = {*MAY_IMPORT["training"], "training"}
 MAY_IMPORT["layers"] = {*MAY_IMPORT["capture"], "capture"}
 MAY_IMPORT["callbacks"] = {*MAY_IMPORT["optimizers"], "optimizers", "layers"}
+MAY_IMPORT["tuner"] = {*MAY_IMPORT["optimizers"], "optimizers"}
 MAY_IMPORT["integrations"] = {*MAY_IMPORT["optimizers"], "optimizers"}
 
 # These rooms see tensors, never Keras layers.

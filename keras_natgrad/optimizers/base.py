@@ -375,6 +375,15 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
 
     # -- Saving ----------------------------------------------------------
 
+    def load_own_variables(self, store: Any) -> None:
+        """Takes a saved state, which an attached optimizer builds first."""
+        reference = self._model_reference
+        model = None if reference is None else reference()
+        if not self.built and model is not None and model.built:
+            if len(store.keys()) > len(self.variables):
+                self.build(model.trainable_variables)
+        super().load_own_variables(store)
+
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments and the plan of the layers."""
         config = super().get_config()

@@ -343,6 +343,28 @@ def test_rngd_mnist(tmp_path):
     assert_is_figure(path)
 
 
+def test_keras_tuner_search(tmp_path):
+    """The second time it finds its trials and only loads the best model."""
+    for package in ("keras_tuner", "tensorboard"):
+        pytest.importorskip(package, reason="pip install .[tuner]")
+    arguments = ("--epochs", "1", "--directory", str(tmp_path))
+    first, second = (
+        run("keras_tuner_search.py", *arguments).splitlines() for _ in range(2)
+    )
+    found = [line for line in first if " epochs: units=" in line]
+    assert f"{len(found)} trials, by validation loss:" in first
+    scores = [float(line.split(",")[0]) for line in found]
+    assert scores == sorted(scores)
+    assert all("damping=" in line and "sharing" not in line for line in found)
+    assert not any("Search" in line for line in first)
+    assert second[0].startswith("Reloading Tuner")
+    assert second[-len(found) - 5 :] == first[-len(found) - 5 :]
+    results = [line for line in first if "accuracy " in line]
+    assert len(results) == 2
+    for line in results:
+        assert 0.5 < float(line.rsplit(" ", 1)[1]) <= 1.0
+
+
 @pytest.mark.slow
 def test_rngd_mnist_on_a_file(tmp_path):
     """A file in the layout of MNIST, with batch normalisation."""
@@ -392,6 +414,7 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
         "natural_gradient_cg.py",
         "prong.py",
         "rngd_mnist.py",
+        "keras_tuner_search.py",
     ],
 )
 def test_help_and_header(name):

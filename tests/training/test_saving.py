@@ -177,6 +177,23 @@ def test_subclassed_model_through_weights(tmp_path):
     assert_equal(state(loaded), state(model))
 
 
+def test_weights_reach_an_attached_optimizer_that_is_not_built(tmp_path):
+    """`load_weights` builds it; saved unbuilt, it stays so."""
+    x, y = data()
+    model = compiled()
+    model.train_on_batch(x, y)
+    model.save_weights(tmp_path / "model.weights.h5")
+    compiled().save_weights(tmp_path / "new.weights.h5")
+    other = compiled(mlp())
+    other.load_weights(tmp_path / "new.weights.h5")
+    assert not other.optimizer.built
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert_equal(state(other), state(model))
+    for each in (model, other):
+        each.train_on_batch(x, y)
+    assert_equal(state(other), state(model))
+
+
 def test_saved_after_attaching_only(tmp_path):
     x, y = data()
     model = compiled()
