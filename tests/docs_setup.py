@@ -121,6 +121,12 @@ def digits():
     return {"x": x, "y": y, "loss": loss}
 
 
+def wide_inputs():
+    """Sixty-four features, ten classes."""
+    x = np.random.default_rng(0).normal(size=(320, 64)).astype("float32")
+    return {"x": x, "y": np.argmax(x[:, :10], axis=-1)}
+
+
 def my_dense():
     """A layer that nobody has described."""
 
@@ -344,6 +350,22 @@ def changed(names):
     made = h @ change.kernel + change.bias + change.inputs @ layer.kernel
     np.testing.assert_allclose(made, names["n_z"], atol=1e-4)
     np.testing.assert_allclose(names["n_z_before"], change.inputs, atol=1e-6)
+
+
+def searched(names):
+    """The best model is trained by K-FAC, and has trained on."""
+    optimizer = names["model"].optimizer
+    assert isinstance(optimizer, keras_natgrad.KFAC)
+    assert optimizer.statistics["refreshes"] > 0
+    trained(names)
+
+
+def searchable(names):
+    """The wrapped build makes a model with the optimizer's rate."""
+    keras_tuner = pytest.importorskip("keras_tuner")
+    space = keras_tuner.HyperParameters()
+    model = names["hypermodel"].build(space)
+    assert float(model.optimizer.learning_rate) == space.get("rate")
 
 
 def same_function(names):

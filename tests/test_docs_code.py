@@ -56,6 +56,10 @@ PAGES = {
         At("callbacks.Attach()", setup.regression, setup.trained),
         At("exclude=", after=setup.excluded),
     ],
+    "keras_tuner.md": [
+        At("keras_tuner.Hyperband", setup.wide_inputs, setup.searched),
+        At("def optimizer(hp)", after=setup.searchable),
+    ],
     "natural_gradient.md": [
         At("epochs=50", setup.regression, setup.trained),
         At("minimize_residuals", after=setup.solved),
@@ -114,7 +118,7 @@ DOCSTRINGS = {
 }
 
 # Pages that take more than about ten seconds.
-SLOW = {"quickstart.md"}
+SLOW = {"quickstart.md", "keras_tuner.md"}
 # Docstrings that make a few steps only.
 SHORT = {
     "callbacks.attach.Attach",
