@@ -125,6 +125,17 @@ class FeatureScaledBlock(KroneckerBlock):
         return root * super().precondition(root * gradient)
 
     @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        root = tf.math.rsqrt(self._metric.value)
+        inverse = self._input.inverse.value * root
+        if inverse.shape.rank == 1:
+            inverse *= root
+        else:
+            inverse *= root[:, tf.newaxis]
+        output = self._output.eigenvalues(self._output.inverse.value)
+        return {"input": self._input.eigenvalues(inverse), "output": output}
+
+    @override
     def damping_rows(self) -> tf.Tensor | None:
         return self._metric.value
 
