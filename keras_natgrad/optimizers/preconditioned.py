@@ -250,22 +250,23 @@ class PreconditionedOptimizer(ModelledOptimizer):
 
     def _set_damping(self) -> None:
         """Starts the damping, or looks it up in its schedule."""
-        rule = self.damping
+        rule, scale = self.damping, self.state.damping_scale
         if isinstance(rule, float):
-            self.state.damping.assign(rule)
+            self.state.damping.assign(rule * scale.value)
         elif isinstance(rule, LevenbergMarquardt):
             first = tf.equal(self.state.count("refreshes"), 0)
 
             def start() -> tf.Tensor:
                 mean = self.curvature.mean_eigenvalue()
-                self.state.damping.assign(rule.start(mean))
+                self.state.damping.assign(rule.start(mean) * scale.value)
                 return tf.constant(0)
 
             distribution.across_replicas(
                 lambda: tf.cond(first, start, lambda: tf.constant(0))
             )
         else:
-            self.state.damping.assign(rule(self.iterations))
+            scheduled = tf.cast(rule(self.iterations), scale.dtype)
+            self.state.damping.assign(scheduled * scale.value)
 
     def _refresh_if(self, due: tf.Tensor) -> None:
         """Recomputes the inverses when it is time."""
@@ -289,6 +290,13 @@ class PreconditionedOptimizer(ModelledOptimizer):
         distribution.across_replicas(
             lambda: tf.cond(due, refresh, lambda: tf.constant(0))
         )
+
+    def refresh_inverses(self) -> None:
+        """Recomputes the inverses from the statistics as they are now.
+
+        Steps do so by themselves when it is due.
+        """
+        self._refresh_if(tf.constant(True))
 
     def _inverse_damping(self) -> tf.Tensor:
         """Returns the damping of the inverses."""
