@@ -126,7 +126,9 @@ class FeatureScaledBlock(KroneckerBlock):
 
     @override
     def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
-        root = tf.math.rsqrt(self._metric.value)
+        metric = self._metric.value
+        # Zero before the first refresh, as the inverse is.
+        root = tf.sqrt(tf.math.divide_no_nan(tf.ones_like(metric), metric))
         inverse = self._input.inverse.value * root
         if inverse.shape.rank == 1:
             inverse *= root
