@@ -24,9 +24,9 @@ class RaiseDamping(keras.callbacks.Callback):
     stops, with the weights of that copy.
 
     The optimizers of this package make no step on a batch whose loss or
-    gradient is not finite, and one with an adaptive damping takes its last
-    step back after two such batches in a row (and earlier, where the loss
-    only surges). The callback therefore waits for `tolerance` bad batches in a
+    gradient is not finite, and `KFAC` with an adaptive damping and momentum
+    takes its last step back after two such batches in a row (and earlier,
+    where the loss only surges). The callback therefore waits for `tolerance` bad batches in a
     row, unless a weight is not finite. It is of use where that is not enough,
     and with a constant or scheduled damping, which keeps the factor; see
     `raise_damping` of the optimizers.
