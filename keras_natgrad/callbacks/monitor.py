@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_natgrad.callbacks.figures import monitor_figure
+from keras_natgrad.callbacks.refresh_timer import RefreshTimer
 from keras_natgrad.callbacks.spectra import (
     block_names,
     condition_number,
@@ -47,8 +47,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
     - `reduction_ratio`: that of the last adaptation, for an adaptive damping;
     - `step_size`, `momentum`: α and μ of the last step, as the optimizer or
       its quadratic model chose them;
-    - `update_norm`: Euclidean norm of the last change of the weights, of all
-      steps of the last call where `steps_per_execution` is more than one;
+    - `update_norm`: Euclidean norm of the last change of the trainable weights,
+      of all steps of the last call where `steps_per_execution` is above one;
     - `skipped`, `retracted`, `refreshes`: how many batches had no step, how
       many steps were taken back, how often the inverses were refreshed;
     - `condition_number`: the largest over the layers;
@@ -133,7 +133,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         # followed by a record, and the batches at which these began.
         self._copies: list[tuple[int, list[tf.Tensor]]] = []
         self._writer: SummaryWriter | None = None
-        self._refresh: Any = None
+        self._timer: RefreshTimer | None = None
 
     # -- Keras -----------------------------------------------------------
 
@@ -141,20 +141,20 @@ class CurvatureMonitor(keras.callbacks.Callback):
         """Starts anew where the model is another one."""
         if self.model is not model:
             self.history, self.last_spectra, self.notes = {}, {}, {}
-            self._refresh = None
+            self._timer = None
         super().set_model(model)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Checks the optimizer, and opens the log for TensorBoard."""
         optimizer = self._optimizer()
         if self.measure_refresh:
-            _check_measurable(self.model, optimizer)
+            self._timer = RefreshTimer(self.model, optimizer)
         if self.log_dir is not None:
             self._writer = SummaryWriter(self.log_dir)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Closes the log for TensorBoard."""
-        self._copies = []
+        self._copies, self._timer = [], None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -216,11 +216,9 @@ class CurvatureMonitor(keras.callbacks.Callback):
         if self.spectra:
             record.update(self._read_spectra(optimizer))
         if self.measure_refresh:
-            _check_measurable(self.model, optimizer)
-            record["refresh_seconds"] = self._time_refresh(optimizer)
+            record["refresh_seconds"] = self._seconds_of_refresh(optimizer)
         length = len(self.history.get("step", ()))
         for name, value in record.items():
-            # A layer may be too large only after `max_size` was changed.
             past = self.history.setdefault(name, [float("nan")] * length)
             past.append(float(value))
         for past in self.history.values():
@@ -301,11 +299,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self._copies = []
         if not before:
             return float("nan")
-        changes = [
-            tf.cast(new - old, tf.float64)
-            for new, old in zip(self._weights(), before[-1], strict=True)
-        ]
-        return float(tf.linalg.global_norm(changes))
+        total = 0.0
+        for new, old in zip(self._weights(), before[-1], strict=True):
+            change = tf.cast(new, tf.float64) - tf.cast(old, tf.float64)
+            total += float(tf.reduce_sum(tf.square(change)))
+        return total**0.5
 
     def _read_spectra(self, optimizer: Any) -> dict[str, float]:
         """Reads the eigenvalues of all blocks."""
@@ -345,25 +343,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
             )
         self.notes[name] = reason
 
-    def _time_refresh(self, optimizer: Any) -> float:
-        """Returns the seconds of a refresh, and puts the state back."""
-        if self._refresh is None:
-            self._refresh = optimizer.refresh_inverses
-            if not self.model.run_eagerly:
-                self._refresh = tf.function(
-                    self._refresh, jit_compile=self.model.jit_compile
-                )
-        variables = optimizer.variables
-        kept = [tf.identity(variable.value) for variable in variables]
-        self._refresh()
-        tf.test.experimental.sync_devices()
-        start = time.perf_counter()
-        self._refresh()
-        tf.test.experimental.sync_devices()
-        seconds = time.perf_counter() - start
-        for variable, value in zip(variables, kept, strict=True):
-            variable.assign(value)
-        return seconds
+    def _seconds_of_refresh(self, optimizer: Any) -> float:
+        # The model may have been compiled with another one since.
+        if self._timer is None or self._timer.optimizer is not optimizer:
+            self._timer = RefreshTimer(self.model, optimizer)
+        return self._timer.seconds()
 
     def _log(self, logs: Any) -> None:
         """Writes the last record into the logs of Keras."""
@@ -383,18 +367,3 @@ class CurvatureMonitor(keras.callbacks.Callback):
 def _check_count(name: str, value: Any, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")
-
-
-def _check_measurable(model: keras.Model, optimizer: Any) -> None:
-    """Raises ValueError unless a refresh can be timed."""
-    if not hasattr(optimizer, "refresh_inverses"):
-        raise ValueError(
-            "`measure_refresh` needs an optimizer that keeps inverses, such "
-            f"as keras_natgrad.KFAC. Received: optimizer={optimizer!r}"
-        )
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    if replicas > 1:
-        raise ValueError(
-            "`measure_refresh` needs a model on one replica. "
-            f"Received: {replicas} replicas"
-        )

@@ -26,10 +26,10 @@ class RaiseDamping(keras.callbacks.Callback):
     The optimizers of this package make no step on a batch whose loss or
     gradient is not finite, and `KFAC` with an adaptive damping and momentum
     takes its last step back after two such batches in a row (and earlier,
-    where the loss only surges). The callback therefore waits for `tolerance` bad batches in a
-    row, unless a weight is not finite. It is of use where that is not enough,
-    and with a constant or scheduled damping, which keeps the factor; see
-    `raise_damping` of the optimizers.
+    where the loss only surges). The callback therefore waits for `tolerance`
+    bad batches in a row, unless a weight is not finite. It is of use where
+    that is not enough, and with a constant or scheduled damping, which keeps
+    the factor; see `raise_damping` of the optimizers.
 
     After a bad batch the metrics of the epoch start anew, so that its means
     stay finite. The learning rate stays as other callbacks have set it, all
