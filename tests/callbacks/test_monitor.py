@@ -290,6 +290,42 @@ def test_refresh_is_timed_on_what_a_step_does(mode, monkeypatch):
     assert len(calls) >= 2
 
 
+def test_refresh_after_another_compile():
+    """It is the new optimizer that is timed."""
+    x, y = data()
+    model = compiled()
+    monitor = CurvatureMonitor(measure_refresh=True)
+    model.fit(x, y, callbacks=[monitor], **FIT)
+    old, new = model.optimizer, kng.PRONG()
+    monitor.set_model(compiled(model, new))
+    kept = [variable.numpy() for variable in old.variables]
+    model.train_on_batch(x, y)
+    assert monitor.record()["refresh_seconds"] > 0
+    assert_equal([variable.numpy() for variable in old.variables], kept)
+
+
+def test_layers_of_all_kinds(float64):
+    """Groups, one-hot inputs, patches and a block per channel."""
+    rng = np.random.default_rng(0)
+    tokens = keras.Input((6,), dtype="int32")
+    hidden = keras.layers.Embedding(7, 4)(tokens)
+    hidden = keras.layers.Conv1D(4, 3, groups=2)(hidden)
+    hidden = keras.layers.BatchNormalization()(hidden)
+    hidden = keras.layers.GlobalAveragePooling1D()(hidden)
+    model = keras.Model(tokens, keras.layers.Dense(3)(hidden))
+    compiled(model, kng.KFAC(max_factor_size=6))
+    monitor = CurvatureMonitor()
+    x = rng.integers(0, 7, size=(16, 6))
+    model.fit(x, rng.integers(0, 3, size=16), callbacks=[monitor], **FIT)
+    entries = model.optimizer.curvature.entries
+    assert len(entries) == 4
+    for entry in entries:
+        expected = np.linalg.eigvalsh(entry.block.to_dense())[::-1]
+        found = monitor.spectrum(entry.layer.path)
+        np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-12)
+    assert monitor.notes == {}
+
+
 def test_custom_loop(float64):
     x, y = data()
     model = compiled()
