@@ -11,6 +11,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 import keras_natgrad
+from tests.distribution.strategy import two_replicas
 
 # Every example may use these without an import.
 IMPORTS = {
@@ -50,10 +51,23 @@ def classifier():
     }
 
 
+class _Tensorflow:
+    """TensorFlow with the strategy that all tests of a process share."""
+
+    class distribute:
+        MirroredStrategy = staticmethod(two_replicas)
+
+    def __getattr__(self, name):
+        return getattr(tf, name)
+
+
 def distributed():
     """A classifier that is made in the scope of a strategy."""
-    names = classifier()
-    return {**names, "build_model": lambda: _network(3, "softmax")}
+    return {
+        **classifier(),
+        "tf": _Tensorflow(),
+        "build_model": lambda: _network(3, "softmax"),
+    }
 
 
 def heads_loop():
@@ -78,6 +92,21 @@ def regression():
         "loss": "mse",
         "optimizer": keras_natgrad.KFAC().attach(model),
     }
+
+
+def compiled():
+    """The same, compiled."""
+    names = regression()
+    names["model"].compile(names["optimizer"], loss="mse")
+    return names
+
+
+def built():
+    """An optimizer with a damping."""
+    names = compiled()
+    names["optimizer"].build(names["model"].trainable_variables)
+    names["optimizer"].state.damping.assign(0.5)
+    return names
 
 
 def two_outputs():
@@ -119,6 +148,18 @@ def digits():
     y = np.arange(64) % 10
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     return {"x": x, "y": y, "loss": loss}
+
+
+def tunable():
+    """A function that builds models, and Keras Tuner."""
+    keras_tuner = pytest.importorskip("keras_tuner")
+
+    def build(hp):
+        model = _network(1)
+        model.compile("adam", loss="mse")
+        return model
+
+    return {**regression(), "keras_tuner": keras_tuner, "build": build}
 
 
 def wide_inputs():
@@ -228,6 +269,11 @@ def solved(names):
     """The loop ends at the solution exp(−x)."""
     x = names["x"].numpy()
     np.testing.assert_allclose(names["model"](x), np.exp(-x), atol=1e-5)
+
+
+def raised(names):
+    """The damping is ten times what it was."""
+    assert names["optimizer"].statistics["damping"] == 5.0
 
 
 def attached(names):
@@ -352,12 +398,17 @@ def changed(names):
     np.testing.assert_allclose(names["n_z_before"], change.inputs, atol=1e-6)
 
 
-def searched(names):
+def found(names):
     """The best model is trained by K-FAC, and has trained on."""
+    searched(names)
+    trained(names)
+
+
+def searched(names):
+    """The best model has the curvature of its trial."""
     optimizer = names["model"].optimizer
     assert isinstance(optimizer, keras_natgrad.KFAC)
     assert optimizer.statistics["refreshes"] > 0
-    trained(names)
 
 
 def searchable(names):

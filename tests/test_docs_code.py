@@ -33,6 +33,7 @@ PAGES = {
         At('Normal(scale="softplus")', setup.two_outputs),
         At("NaturalGradient()", setup.regression, setup.attached),
         At("RNGD(0.01)", after=setup.attached),
+        At("NaturalGradientHyperModel", setup.tunable),
         At("PRONG()", after=setup.attached),
         At("heads.Categorical()", setup.classifier),
     ],
@@ -57,7 +58,7 @@ PAGES = {
         At("exclude=", after=setup.excluded),
     ],
     "keras_tuner.md": [
-        At("keras_tuner.Hyperband", setup.wide_inputs, setup.searched),
+        At("keras_tuner.Hyperband", setup.wide_inputs, setup.found),
         At("def optimizer(hp)", after=setup.searchable),
     ],
     "natural_gradient.md": [
@@ -79,6 +80,14 @@ PAGES = {
 }
 
 DOCSTRINGS = {
+    "callbacks.monitor.CurvatureMonitor": (setup.compiled, setup.trained),
+    "callbacks.nan_policy.RaiseDamping": (setup.regression, setup.trained),
+    "optimizers.adaptive.AdaptiveOptimizer.raise_damping": (
+        setup.built,
+        setup.raised,
+    ),
+    "tuner.search_space": (setup.tunable, None),
+    "tuner.NaturalGradientHyperModel": (setup.tunable, setup.searched),
     "blocks.registry.register_block": (None, setup.own_block),
     "callbacks.attach.Attach": (setup.regression, setup.trained),
     "callbacks.whiten.Whiten": (setup.regression, setup.trained),

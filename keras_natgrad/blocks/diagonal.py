@@ -62,9 +62,24 @@ class DiagonalCurvature(Block):
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
-        (diagonal,) = self.averages()
-        flat = tf.reshape(tf.broadcast_to(diagonal, self.shape.matrix), [-1])
+        flat = self._flat(self.averages()[0])
         return tf.linalg.LinearOperatorDiag(flat, is_self_adjoint=True)
+
+    @override
+    @property
+    def spectrum_side(self) -> int:
+        return 1
+
+    @override
+    def spectra(self) -> dict[str, tf.Tensor]:
+        return {"fisher": self._flat(self.averages()[0])}
+
+    @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        return {"fisher": self._flat(self._inverse.value)}
+
+    def _flat(self, diagonal: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tf.broadcast_to(diagonal, self.shape.matrix), [-1])
 
 
 class DiagonalBlock(DiagonalCurvature):

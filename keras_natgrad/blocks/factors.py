@@ -94,6 +94,15 @@ class Factor(abc.ABC):
     def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
         """Returns the undamped factor as an operator."""
 
+    @property
+    def spectrum_side(self) -> int:
+        """Side of the matrix that `eigenvalues` decomposes."""
+        return 1
+
+    @abc.abstractmethod
+    def eigenvalues(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns the eigenvalues `[..., size]` of an average or inverse."""
+
     @abc.abstractmethod
     def describe(self) -> str:
         """Returns the factor in a few characters."""
@@ -135,6 +144,15 @@ class DenseFactor(Factor):
         return tf.linalg.LinearOperatorFullMatrix(average, is_self_adjoint=True)
 
     @override
+    @property
+    def spectrum_side(self) -> int:
+        return self.size
+
+    @override
+    def eigenvalues(self, values: tf.Tensor) -> tf.Tensor:
+        return tf.linalg.eigvalsh(values)
+
+    @override
     def describe(self) -> str:
         return f"{self.size}²"
 
@@ -172,6 +190,10 @@ class DiagonalFactor(Factor):
     @override
     def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
         return tf.linalg.LinearOperatorDiag(average, is_self_adjoint=True)
+
+    @override
+    def eigenvalues(self, values: tf.Tensor) -> tf.Tensor:
+        return tf.identity(values)
 
     @override
     def describe(self) -> str:
@@ -212,6 +234,10 @@ class ScalarFactor(Factor):
     @override
     def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
         return tf.linalg.LinearOperatorScaledIdentity(self.size, average)
+
+    @override
+    def eigenvalues(self, values: tf.Tensor) -> tf.Tensor:
+        return tf.repeat(values[..., tf.newaxis], self.size, axis=-1)
 
     @override
     def describe(self) -> str:

@@ -140,3 +140,11 @@ class PlainGradientBlock(GradientDiagonalBlock):
         return tf.linalg.LinearOperatorIdentity(
             self.shape.size, dtype=tf.as_dtype(self.dtype)
         )
+
+    @override
+    def spectra(self) -> dict[str, tf.Tensor]:
+        return {"fisher": tf.ones([self.shape.size], self.dtype)}
+
+    @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        return self.spectra()

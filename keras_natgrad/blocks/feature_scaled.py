@@ -125,6 +125,19 @@ class FeatureScaledBlock(KroneckerBlock):
         return root * super().precondition(root * gradient)
 
     @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        metric = self._metric.value
+        # Zero before the first refresh, as the inverse is.
+        root = tf.sqrt(tf.math.divide_no_nan(tf.ones_like(metric), metric))
+        inverse = self._input.inverse.value * root
+        if inverse.shape.rank == 1:
+            inverse *= root
+        else:
+            inverse *= root[:, tf.newaxis]
+        output = self._output.eigenvalues(self._output.inverse.value)
+        return {"input": self._input.eigenvalues(inverse), "output": output}
+
+    @override
     def damping_rows(self) -> tf.Tensor | None:
         return self._metric.value
 

@@ -78,3 +78,16 @@ class FullBlock(Block):
             self.averages()[0], is_self_adjoint=True
         )
         return block_diagonal(operator, self.shape.groups)
+
+    @override
+    @property
+    def spectrum_side(self) -> int:
+        return self.shape.matrix_size
+
+    @override
+    def spectra(self) -> dict[str, tf.Tensor]:
+        return {"fisher": tf.linalg.eigvalsh(self.averages()[0])}
+
+    @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        return {"fisher": tf.linalg.eigvalsh(self._inverse.value)}

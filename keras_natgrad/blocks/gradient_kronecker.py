@@ -117,5 +117,26 @@ class GradientKroneckerBlock(GradientBlock):
         )
 
     @override
+    @property
+    def spectrum_side(self) -> int:
+        return max(self._left.spectrum_side, self._right.spectrum_side)
+
+    @override
+    def spectra(self) -> dict[str, tf.Tensor]:
+        left, right = self._factors()
+        return {
+            "left": self._left.eigenvalues(left),
+            "right": self._right.eigenvalues(right),
+        }
+
+    @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        left, right = self._left, self._right
+        return {
+            "left": left.eigenvalues(left.inverse.value),
+            "right": right.eigenvalues(right.inverse.value),
+        }
+
+    @override
     def describe(self) -> str:
         return f"{self._left.describe()} ⊗ {self._right.describe()}"

@@ -63,3 +63,17 @@ class IdentityBlock(Block):
         return tf.linalg.LinearOperatorZeros(
             self.shape.size, dtype=tf.as_dtype(self.dtype), is_self_adjoint=True
         )
+
+    @override
+    @property
+    def spectrum_side(self) -> int:
+        return 1
+
+    @override
+    def spectra(self) -> dict[str, tf.Tensor]:
+        return {"fisher": tf.zeros([self.shape.size], self.dtype)}
+
+    @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        ones = tf.ones([self.shape.size], self.dtype)
+        return {"fisher": tf.math.divide_no_nan(ones, self._damping.value)}

@@ -186,6 +186,36 @@ class InputFactorBlock(Block):
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
+        moment = self._input_moment()
+        return kronecker_operator(
+            tf.linalg.LinearOperatorFullMatrix(moment, is_self_adjoint=True),
+            tf.linalg.LinearOperatorIdentity(
+                self.shape.columns, dtype=moment.dtype
+            ),
+        )
+
+    @override
+    @property
+    def spectrum_side(self) -> int:
+        return self.shape.rows
+
+    @override
+    def spectra(self) -> dict[str, tf.Tensor]:
+        return {
+            "input": tf.linalg.eigvalsh(self._input_moment()),
+            "output": tf.ones([self.shape.columns], self.dtype),
+        }
+
+    @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        inverse = self.precondition(tf.eye(self.shape.rows, dtype=self.dtype))
+        return {
+            "input": tf.linalg.eigvalsh(inverse),
+            "output": tf.ones([self.shape.columns], self.dtype),
+        }
+
+    def _input_moment(self) -> tf.Tensor:
+        """Returns A, `[rows, rows]`."""
         moment, *mean = self.averages()
         if isinstance(self._factor, DiagonalFactor):
             moment = self._dense_moment(moment, mean)
@@ -198,12 +228,7 @@ class InputFactorBlock(Block):
                 ],
                 axis=0,
             )
-        return kronecker_operator(
-            tf.linalg.LinearOperatorFullMatrix(moment, is_self_adjoint=True),
-            tf.linalg.LinearOperatorIdentity(
-                self.shape.columns, dtype=moment.dtype
-            ),
-        )
+        return moment
 
     def _dense_moment(
         self, moment: tf.Tensor, mean: list[tf.Tensor]

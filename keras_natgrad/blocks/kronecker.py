@@ -174,6 +174,27 @@ class KroneckerBlock(Block):
         return block_diagonal(product, self.shape.groups)
 
     @override
+    @property
+    def spectrum_side(self) -> int:
+        return max(self._input.spectrum_side, self._output.spectrum_side)
+
+    @override
+    def spectra(self) -> dict[str, tf.Tensor]:
+        left, right = self.averages()
+        return {
+            "input": self._input.eigenvalues(left),
+            "output": self._output.eigenvalues(right),
+        }
+
+    @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        left, right = self._input, self._output
+        return {
+            "input": left.eigenvalues(left.inverse.value),
+            "output": right.eigenvalues(right.inverse.value),
+        }
+
+    @override
     def describe(self) -> str:
         sides = f"{self._input.describe()} ⊗ {self._output.describe()}"
         if self.shape.groups is not None:

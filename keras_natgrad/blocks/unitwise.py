@@ -140,6 +140,11 @@ class MetricBlock(Block):
         return result.retries, failures
 
     @override
+    @property
+    def spectrum_side(self) -> int:
+        return self.state_shape[-1]
+
+    @override
     def describe(self) -> str:
         parts = [self.response] if self.response else []
         return ", ".join([*parts, self.describe_state()])
@@ -269,6 +274,19 @@ class UnitwiseBlock(MetricBlock):
         )
 
     @override
+    def spectra(self) -> dict[str, tf.Tensor]:
+        return {"units": self._by_unit(self.averages()[0])}
+
+    @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        return {"units": self._by_unit(self._inverse.value)}
+
+    def _by_unit(self, matrices: tf.Tensor) -> tf.Tensor:
+        """Returns the eigenvalues of each unit's matrix, `[m, n]`."""
+        group = np.arange(self.shape.columns) // self.group_size
+        return tf.gather(tf.linalg.eigvalsh(matrices), group)
+
+    @override
     def describe_state(self) -> str:
         size = f"{self.shape.rows}²"
         if self.groups == self.shape.columns:
@@ -350,6 +368,14 @@ class CoupledBlock(MetricBlock):
         return tf.linalg.LinearOperatorFullMatrix(
             self.averages()[0][0], is_self_adjoint=True
         )
+
+    @override
+    def spectra(self) -> dict[str, tf.Tensor]:
+        return {"fisher": tf.linalg.eigvalsh(self.averages()[0][0])}
+
+    @override
+    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
+        return {"fisher": tf.linalg.eigvalsh(self._inverse.value[0])}
 
     @override
     def describe_state(self) -> str:

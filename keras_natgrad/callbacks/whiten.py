@@ -83,13 +83,13 @@ class Whiten(keras.callbacks.Callback):
         """Checks the model and its optimizer."""
         whitened_layers(self.model)
         check_optimizer(self.model.optimizer)
-        self._step = int(self.model.optimizer.iterations)
+        self._step = int(self.model.optimizer.iterations.numpy())
         # A resumed run whitens where an uninterrupted one does.
         self._due = -(-self._step // self.period) * self.period
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Reads the number of steps, so that it need not be at every step."""
-        self._step = int(self.model.optimizer.iterations)
+        self._step = int(self.model.optimizer.iterations.numpy())
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Whitens, where it is time to."""

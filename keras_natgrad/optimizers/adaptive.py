@@ -8,6 +8,7 @@ from typing_extensions import override
 from keras_natgrad.optimizers.base import CurvatureOptimizer
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.step import Damping, LevenbergMarquardt, LineSearch
+from keras_natgrad.step.damping import check_positive
 
 
 class AdaptiveOptimizer(CurvatureOptimizer):
@@ -43,6 +44,37 @@ class AdaptiveOptimizer(CurvatureOptimizer):
         """
         state = getattr(self, "state", None)
         return {} if state is None else state.to_dict()
+
+    def raise_damping(self, factor: float) -> None:
+        """Multiplies the damping from the next step on.
+
+        An adaptive damping goes on adapting from there. A constant or
+        scheduled one keeps the factor, which is saved with the optimizer and
+        multiplied by that of another call. The inverses are renewed before
+        they are used again. To be called between steps.
+
+        Args:
+            factor: Positive; below one it lowers the damping.
+
+        Raises:
+            ValueError: If `factor` is not positive, or before the first step.
+
+        Example:
+
+        ```python
+        optimizer.raise_damping(10.0)
+        ```
+        """
+        check_positive("factor", factor)
+        if getattr(self, "state", None) is None:
+            raise ValueError(
+                "The damping can be raised once the optimizer is built: after "
+                "its first step, or `optimizer.build(model.trainable_variables)"
+                f"`. Received: factor={factor!r} for {self!r}"
+            )
+        for variable in (self.state.damping, self.state.damping_scale):
+            variable.assign(factor * variable.value)
+        self.state.refresh_at.assign(0)
 
     @override
     def step_logs(self) -> dict[str, tf.Tensor]:

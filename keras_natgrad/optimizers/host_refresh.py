@@ -85,6 +85,7 @@ class HostRefresh:
             return
         for own, host in self._pairs():
             own.block.copy_inverse(host.block)
+        self._optimizer.note_inverses(self._damping)
         state.increment(
             refreshes=1, retries=result.retries, failures=result.failures
         )
@@ -96,7 +97,7 @@ class HostRefresh:
             host.block.copy_statistics(own.block)
             # What a failed factorisation leaves in place.
             host.block.copy_inverse(own.block)
-        damping = tf.identity(optimizer.inverse_damping())
+        damping = self._damping = tf.identity(optimizer.inverse_damping())
         self._asked_at = step
         self._refreshes = int(optimizer.state.count("refreshes"))
         if self._threaded:

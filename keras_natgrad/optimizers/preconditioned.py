@@ -262,22 +262,23 @@ class PreconditionedOptimizer(ModelledOptimizer):
 
     def _set_damping(self) -> None:
         """Starts the damping, or looks it up in its schedule."""
-        rule = self.damping
+        rule, scale = self.damping, self.state.damping_scale
         if isinstance(rule, float):
-            self.state.damping.assign(rule)
+            self.state.damping.assign(rule * scale.value)
         elif isinstance(rule, LevenbergMarquardt):
             first = tf.equal(self.state.count("refreshes"), 0)
 
             def start() -> tf.Tensor:
                 mean = self.curvature.mean_eigenvalue()
-                self.state.damping.assign(rule.start(mean))
+                self.state.damping.assign(rule.start(mean) * scale.value)
                 return tf.constant(0)
 
             distribution.across_replicas(
                 lambda: tf.cond(first, start, lambda: tf.constant(0))
             )
         else:
-            self.state.damping.assign(rule(self.iterations))
+            scheduled = tf.cast(rule(self.iterations), scale.dtype)
+            self.state.damping.assign(scheduled * scale.value)
 
     def _refresh_if(self, due: tf.Tensor, outside: bool = False) -> None:
         """Recomputes the inverses when it is time.
@@ -300,8 +301,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
 
         def refresh() -> tf.Tensor:
             damping = self.inverse_damping()
-            if self.length.spring:
-                self._inverted_at.assign(damping)
+            self.note_inverses(damping)
             retries, failures = self.curvature.refresh(
                 damping, self._ridge, distribution.refresh_devices()
             )
@@ -314,6 +314,13 @@ class PreconditionedOptimizer(ModelledOptimizer):
         distribution.across_replicas(
             lambda: tf.cond(due, function, lambda: tf.constant(0))
         )
+
+    def refresh_inverses(self) -> None:
+        """Recomputes the inverses from the statistics as they are now.
+
+        Steps do so by themselves when it is due.
+        """
+        self._refresh_if(tf.constant(True))
 
     def after_step(self) -> None:
         """Refreshes inverses outside the graph, with `refresh_where`.
@@ -344,6 +351,11 @@ class PreconditionedOptimizer(ModelledOptimizer):
     def ridge(self) -> Sequence[float]:
         """Per variable, the curvature of its L2 regularizer."""
         return self._ridge
+
+    def note_inverses(self, damping: tf.Tensor) -> None:
+        """Keeps the damping of the inverses in use, where SPRING needs it."""
+        if self.length.spring:
+            self._inverted_at.assign(damping)
 
     def inverse_damping(self) -> tf.Tensor:
         """Returns the damping of the inverses, a scalar."""

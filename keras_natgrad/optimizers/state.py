@@ -38,6 +38,9 @@ class StepState:
 
     def __init__(self, add_curvature_variable: Any, add_variable: Any) -> None:
         self.damping = add_curvature_variable("damping", (), "zeros")
+        # Factor of a constant or scheduled damping, and of an adaptive one
+        # where it starts.
+        self.damping_scale = add_curvature_variable("damping_scale", (), "ones")
         self._last = add_curvature_variable(
             "statistics", (len(STATISTICS),), "zeros"
         )

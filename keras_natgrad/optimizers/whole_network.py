@@ -205,9 +205,9 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
 
     def _set_damping(self, factor: FisherFactor) -> None:
         """Starts the damping, or looks it up in its schedule."""
-        rule = self.damping
+        rule, raised = self.damping, self.state.damping_scale
         if isinstance(rule, float):
-            self.state.damping.assign(rule)
+            self.state.damping.assign(rule * raised.value)
         elif isinstance(rule, LevenbergMarquardt):
             # Zero only before the first step.
             started = self.state.damping.value > 0
@@ -218,13 +218,14 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
                     self.state.damping.dtype,
                 )
                 self._scale.assign(mean)
-                return rule.start(mean)
+                return rule.start(mean) * raised.value
 
             self.state.damping.assign(
                 tf.cond(started, lambda: self.state.damping.value, start)
             )
         else:
-            self.state.damping.assign(rule(self.iterations))
+            scheduled = tf.cast(rule(self.iterations), raised.dtype)
+            self.state.damping.assign(scheduled * raised.value)
 
     def _shift(self, factor: FisherFactor) -> list[tf.Tensor] | None:
         if not self.momentum:

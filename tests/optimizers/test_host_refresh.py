@@ -23,7 +23,13 @@ FIT = {"batch_size": 8, "shuffle": False, "verbose": 0}
 
 @pytest.mark.parametrize("run_eagerly", [True, False])
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"block": "full"}, {"block": "diagonal", "damping": 0.1}]
+    "kwargs",
+    [
+        {},
+        {"block": "full"},
+        {"block": "diagonal", "damping": 0.1},
+        {"momentum": kng.Spring(0.5)},
+    ],
 )
 def test_host_equals_graph(run_eagerly, kwargs, float64):
     """The same inverses at the same steps, whoever computes them."""
