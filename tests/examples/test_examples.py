@@ -402,6 +402,14 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
     assert_is_report(output, path)
 
 
+def test_distributed_mirrored():
+    output = run("distributed_mirrored.py", "--epochs", "2")
+    lines = output.splitlines()
+    assert lines[0].startswith("2 replicas: loss ")
+    assert lines[1].startswith("1 replica: loss ")
+    assert float(lines[-1].rsplit(": ")[1]) < 1e-4
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -415,6 +423,7 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
         "prong.py",
         "rngd_mnist.py",
         "keras_tuner_search.py",
+        "distributed_mirrored.py",
     ],
 )
 def test_help_and_header(name):
