@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +184,8 @@ class Split:
         )
 
 
-def run(name: str, splits: int) -> dict[str, Any]:
-    """Returns the test likelihoods of all contenders on one data set."""
+def run(name: str, splits: int, methods: Sequence[str]) -> dict[str, Any]:
+    """Returns the test likelihoods of the contenders on one data set."""
     x, y = (np.asarray(each, "float64") for each in DATA[name]())
     y = y.reshape(-1, 1)
     rest = len(x) - len(x) // 10
@@ -204,6 +204,7 @@ def run(name: str, splits: int) -> dict[str, Any]:
     built = {
         key: Contender(each, x.shape[1], examples)
         for key, each in contenders.items()
+        if key.split()[0] in methods
     }
     results: dict[str, list[float]] = {key: [] for key in built}
     for seed in range(splits):
@@ -249,11 +250,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", default=sorted(DATA))
     parser.add_argument("--splits", type=int, default=20)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=("kfac", "adam"),
+        default=["kfac", "adam"],
+        help="what is not run keeps what --out has, from the same splits",
+    )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    results = {}
+    results: dict[str, Any] = {}
+    if arguments.out and arguments.out.exists():
+        results = json.loads(arguments.out.read_text())["results"]
     for name in arguments.data:
-        results[name] = run(name, arguments.splits)
+        result = run(name, arguments.splits, arguments.methods)
+        if set(arguments.methods) != {"kfac", "adam"}:
+            result["nll"] = {**results[name]["nll"], **result["nll"]}
+        results[name] = result
         print(table({name: results[name]}).splitlines()[-1], flush=True)
     print(table(results))
     if arguments.out:
