@@ -105,9 +105,18 @@ class Contender:
         optimizer: A Keras optimizer.
         features: Number of features.
         examples: Number of training examples, for the prior.
+        annealed: Whether the rate falls by a cosine over the epochs; for an
+            automatic one, which takes no schedule.
     """
 
-    def __init__(self, optimizer: Any, features: int, examples: int) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        features: int,
+        examples: int,
+        annealed: bool = False,
+    ) -> None:
+        self.annealed = annealed
         prior = keras.regularizers.L2(0.5 / examples)
         self.model = keras.Sequential(
             [
@@ -145,7 +154,12 @@ class Contender:
         generator = np.random.default_rng(seed)
         x, y = split.train
         best, weights = np.inf, self.model.get_weights()
-        for _ in range(epochs):
+        optimizer = self.model.optimizer
+        rate = float(optimizer.learning_rate) if self.annealed else None
+        for epoch in range(epochs):
+            if rate is not None:
+                phase = np.pi * epoch / epochs
+                optimizer.learning_rate = 0.5 * rate * (1 + np.cos(phase))
             order = generator.permutation(len(x))
             # The short last batch of an epoch is left out.
             for batch in np.split(order, range(BATCH, len(x), BATCH)):
@@ -197,14 +211,16 @@ def run(name: str, splits: int, methods: Sequence[str]) -> dict[str, Any]:
             optimizer = kng.KFAC(damping_split=split)
             optimizer.learning_rate = rate
             contenders[f"kfac {rate:g}{name}"] = optimizer
+    for split, name in (("global", ""), ("layer", " layer")):
+        contenders[f"kfac 1{name} cosine"] = kng.KFAC(damping_split=split)
     for rate in ADAM_RATES:
         contenders[f"adam {rate:g}"] = keras.optimizers.Adam(rate)
         cosine = keras.optimizers.schedules.CosineDecay(rate, steps)
         contenders[f"adam {rate:g} cosine"] = keras.optimizers.Adam(cosine)
     built = {
-        key: Contender(each, x.shape[1], examples)
+        key: Contender(each, x.shape[1], examples, _is_annealed(key))
         for key, each in contenders.items()
-        if key.split()[0] in methods
+        if any(key.startswith(method) for method in methods)
     }
     results: dict[str, list[float]] = {key: [] for key in built}
     for seed in range(splits):
@@ -214,6 +230,11 @@ def run(name: str, splits: int, methods: Sequence[str]) -> dict[str, Any]:
             epochs = KFAC_EPOCHS if kfac else ADAM_EPOCHS
             results[key].append(each.train(split, epochs, seed))
     return {"examples": len(x), "features": x.shape[1], "nll": results}
+
+
+def _is_annealed(key: str) -> bool:
+    """Returns whether a contender's rate is annealed from outside."""
+    return key.startswith("kfac") and key.endswith("cosine")
 
 
 def table(results: dict[str, Any]) -> str:
@@ -253,9 +274,9 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=("kfac", "adam"),
         default=["kfac", "adam"],
-        help="what is not run keeps what --out has, from the same splits",
+        help="how names of contenders begin, such as 'kfac 1 cosine'; others "
+        "keep what --out has, from the same splits",
     )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
