@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import tensorflow as tf
 
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture import Taps
-from keras_natgrad.capture.replaced_call import replace_call, restore_call
+
+# Where a recording `call` keeps the one it stands for.
+_ORIGINAL = "_keras_natgrad_original"
 
 _NO_FORWARD_PASS = (
     "No forward pass of the attached model was seen before this step. Call "
@@ -73,8 +76,10 @@ class Recorder:
         Other modes run as before. The layers have their taps for the time of
         one call only.
         """
-        restore_call(model)
-        replace_call(model, lambda original: self._recording(model, original))
+        remove_taps(model)
+        # SavedModel wants a bound method.
+        method = MethodType(self._recording(model.call), model)
+        object.__setattr__(model, "call", method)
 
     def take(self, name: str) -> ForwardPass:
         """Returns the pass that belongs to a step, and forgets it.
@@ -92,12 +97,10 @@ class Recorder:
             raise ValueError(_SEVERAL_PASSES.format(name=name))
         return last
 
-    def _recording(
-        self, model: Any, original: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def _recording(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(model: Any, *args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs).arguments
             if not _in_training(signature, arguments):
                 return original(*args, **kwargs)
@@ -108,12 +111,19 @@ class Recorder:
             self._last = forward
             return forward.run(lambda: original(*args, **kwargs))
 
+        vars(call)[_ORIGINAL] = original
         return call
 
 
 def remove_taps(model: Any) -> None:
     """Takes the instance `call` off a model."""
-    restore_call(model)
+    original = getattr(vars(model).get("call"), _ORIGINAL, None)
+    if original is None:
+        return
+    object.__delattr__(model, "call")
+    # A `call` that somebody else set on the instance comes back.
+    if getattr(original, "__func__", None) is not type(model).call:
+        object.__setattr__(model, "call", original)
 
 
 def _in_training(signature: Any, arguments: Any) -> bool:

@@ -250,8 +250,8 @@ class KFAC(tf_keras.optimizers.Optimizer):
             forward.terms = output_terms(
                 model, forward.model_outputs, self.engine.attached_head()
             )
-        loss, _ = self._loss, object.__setattr__(self, "_loss", None)
-        forward.loss = tf.zeros([]) if loss is None else loss
+        forward.loss = tf.zeros([]) if self._loss is None else self._loss
+        object.__setattr__(self, "_loss", None)
         self.engine.receive_curvature(forward, gradients, variables)
 
     def _adopted_variable(self, variable: Any) -> Any:
