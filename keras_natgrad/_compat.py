@@ -335,6 +335,16 @@ def set_rate(optimizer: Any, learning_rate: Any) -> None:
     optimizer._learning_rate = optimizer._build_learning_rate(learning_rate)
 
 
+def current_rate(optimizer: Any) -> tf.Tensor:
+    """Returns the learning rate of a tf_keras optimizer at this step.
+
+    A schedule is looked up by a private method, which tf_keras calls at the
+    beginning of a step.
+    """
+    optimizer._compute_current_learning_rate()
+    return tf.convert_to_tensor(optimizer.learning_rate)
+
+
 def serialized_rate(optimizer: Any) -> Any:
     """Returns the learning rate of a tf_keras optimizer for its config."""
     rate = optimizer._serialize_hyperparameter(optimizer._learning_rate)

@@ -1,5 +1,8 @@
 """The optimizer of tf_keras against that of Keras 3, and its contract."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -332,7 +335,7 @@ def test_a_checkpoint_is_restored_into_a_model_that_fit_builds(tmp_path):
     np.testing.assert_array_equal(weights(again), weights(model))
 
 
-@pytest.mark.parametrize("name", ["model.keras", "model.h5", "folder"])
+@pytest.mark.parametrize("name", ["model.keras", "model.h5"])
 def test_a_saved_model_resumes_exactly(tmp_path, name):
     model, optimizer = compiled()
     train(model, 3)
@@ -344,6 +347,20 @@ def test_a_saved_model_resumes_exactly(tmp_path, name):
     again.optimizer.attach(again)
     train(again, 3)
     np.testing.assert_array_equal(weights(again), weights(model))
+
+
+def test_a_saved_folder_has_the_model_and_the_plan(tmp_path):
+    # As with every optimizer of tf_keras, its state is not in the folder.
+    model, optimizer = compiled()
+    train(model, 1)
+    model.save(tmp_path / "folder")
+    again = tf_keras.models.load_model(tmp_path / "folder")
+    np.testing.assert_array_equal(weights(again), weights(model))
+    assert again.optimizer.engine.plan == optimizer.engine.plan
+    again.optimizer.attach(again)
+    before = weights(again)
+    train(again, 1)
+    assert np.abs(weights(again) - before).max() > 1e-3
 
 
 def test_export_while_attached(tmp_path):
@@ -527,3 +544,15 @@ def test_models_of_keras_3_and_other_variables_are_refused():
         optimizer.apply_gradients([(tf.zeros([1]), tf.Variable([0.0]))])
     with pytest.raises(ValueError, match="does not have the layers"):
         optimizer.attach(network(convolutional, images))
+
+
+def test_importing_the_package_leaves_the_other_tools_alone():
+    code = (
+        "import sys, keras_natgrad\n"
+        "print([m for m in sys.modules if m.startswith("
+        "('official', 'tf_keras', 'keras_natgrad.integrations'))])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

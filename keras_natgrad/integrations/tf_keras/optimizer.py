@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from keras_natgrad import distribution
 from keras_natgrad._compat import (
+    current_rate,
     optimizer_variables,
     serialized_rate,
     set_rate,
@@ -233,8 +234,7 @@ class KFAC(tf_keras.optimizers.Optimizer):
         with tf.init_scope():
             self.build(variables)
         own = [self._adopted_variable(variable) for variable in variables]
-        self._compute_current_learning_rate()
-        self.engine.learning_rate = tf.convert_to_tensor(self.learning_rate)
+        self.engine.learning_rate = current_rate(self)
         self._observe(gradients, own)
         self.engine.apply(gradients, own)
         for variable in variables:
