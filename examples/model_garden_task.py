@@ -1,5 +1,6 @@
 """Title: K-FAC in a task of the TensorFlow Model Garden.
 
+Author: keras_natgrad authors
 Description: A small classifier of images, made up on the spot, under the
     garden's own trainer, with K-FAC chosen by the configuration. The task is
     an ordinary one, with one more base class and one more method.

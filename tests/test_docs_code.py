@@ -56,6 +56,13 @@ PAGES = {
         At("callbacks.Attach()", setup.regression, setup.trained),
         At("exclude=", after=setup.excluded),
     ],
+    "model_garden.md": [
+        At(
+            "KFAC().attach",
+            setup.tf_keras_regression,
+            setup.tf_keras_trained,
+        ),
+    ],
     "natural_gradient.md": [
         At("epochs=50", setup.regression, setup.trained),
         At("minimize_residuals", after=setup.solved),
@@ -86,6 +93,10 @@ DOCSTRINGS = {
     "heads.family.Family": (None, setup.own_family),
     "heads.generic.Distribution": (None, setup.own_distribution),
     "heads.losses.register_loss": (None, setup.own_loss),
+    "integrations.tf_keras.optimizer.KFAC": (
+        setup.tf_keras_regression,
+        setup.tf_keras_trained,
+    ),
     "layers.conversion.canonical": (setup.whitened, None),
     "layers.conversion.whitened": (setup.classifier, None),
     "layers.whitened_dense.WhitenedDense": (

@@ -17,12 +17,15 @@ PACKAGE = ROOT / "keras_natgrad"
 OPTIONAL = {
     "plots": {"matplotlib"},
     "tensorboard": {"tensorboard"},
+    "model-garden": {"tf-keras", "tf-models-official"},
     "tuner": {"keras-tuner", "scikit-learn", "tensorboard"},
 }
 DISTRIBUTION_OF = {
     "keras_tuner": "keras-tuner",
+    "official": "tf-models-official",
     "sklearn": "scikit-learn",
     "typing_extensions": "typing-extensions",
+    "tf_keras": "tf-keras",
     "tensorflow_probability": "tensorflow-probability",
 }
 

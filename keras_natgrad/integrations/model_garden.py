@@ -88,23 +88,6 @@ def register() -> None:
     """Makes `kfac` known to the garden's optimizer factory.
 
     Calling it again is harmless.
-
-    Example:
-
-    ```python
-    from keras_natgrad.integrations import model_garden
-
-    model_garden.register()
-    config = model_garden.OptimizationConfig(
-        {
-            "optimizer": {"type": "kfac"},
-            "learning_rate": {
-                "type": "constant",
-                "constant": {"learning_rate": 1.0},
-            },
-        }
-    )
-    ```
     """
     for legacy, known in (
         (True, optimizer_factory.LEGACY_OPTIMIZERS_CLS),
@@ -136,15 +119,7 @@ class KFACTask:
 
     Everything else is the task's own: its `train_step`, its losses, its
     metrics. With another optimizer in the configuration the mixin does
-    nothing.
-
-    Example:
-
-    ```python
-    class MyTask(model_garden.KFACTask, base_task.Task):
-        def build_head(self):
-            return keras_natgrad.heads.Categorical()
-    ```
+    nothing. An example is in docs/model_garden.md.
     """
 
     #: Layers that are not to be captured, see `KFAC.attach`.

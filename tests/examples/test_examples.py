@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -380,6 +381,16 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
     assert_is_report(output, path)
 
 
+def test_model_garden_task():
+    pytest.importorskip(
+        "official",
+        reason="tf-models-official is not installed, see docs/model_garden.md",
+    )
+    output = run("model_garden_task.py", "--steps", "60")
+    accuracy = re.findall(r"^accuracy: (.*)$", output, re.MULTILINE)
+    assert float(accuracy[-1]) > 0.9
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -388,6 +399,7 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
         "heteroscedastic_regression.py",
         "count_regression.py",
         "kl_distance.py",
+        "model_garden_task.py",
         "pinn_poisson.py",
         "natural_gradient_cg.py",
         "prong.py",

@@ -77,7 +77,9 @@ class KFAC(tf_keras.optimizers.Optimizer):
     Example:
 
     ```python
-    optimizer = keras_natgrad.integrations.tf_keras.KFAC().attach(model)
+    from keras_natgrad.integrations.tf_keras import KFAC
+
+    optimizer = KFAC().attach(model)
     model.compile(optimizer, loss="mse")
     model.fit(x, y, batch_size=512)
     ```
