@@ -4,7 +4,7 @@ Author: keras_natgrad authors
 Description: A small classifier of images, made up on the spot, under the
     garden's own trainer, with K-FAC chosen by the configuration. The task is
     an ordinary one, with one more base class and one more method.
-Accelerator: none needed; about a minute on two CPU cores.
+Accelerator: None
 
 The garden is not installed with this package, see docs/model_garden.md. Run
 `python examples/model_garden_task.py`, with `--optimizer adam` for comparison.

@@ -111,7 +111,15 @@ def test_long_description_is_the_readme(metadata):
 
 def test_every_extra_is_declared(metadata):
     assert set(metadata.get_all("Provides-Extra")) == {
-        *("plots", "tensorboard", "tuner", "docs", "tests", "dev"),
+        *(
+            "model-garden",
+            "plots",
+            "tensorboard",
+            "tuner",
+            "docs",
+            "tests",
+            "dev",
+        ),
     }
     for extra, expected in OPTIONAL.items():
         assert requirements(metadata, extra) == expected
