@@ -177,7 +177,9 @@ def test_a_regularizer_is_curvature_as_in_keras_3():
     np.testing.assert_allclose(weights(first), weights(second), atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize(
+    "mode", ["eager", "graph", pytest.param("xla", marks=pytest.mark.slow)]
+)
 def test_fit_learns_with_the_defaults(mode):
     model = network()
     model.compile(
@@ -193,6 +195,7 @@ def test_fit_learns_with_the_defaults(mode):
     assert history.history["accuracy"][-1] > 0.9
 
 
+@pytest.mark.slow
 def test_eager_graph_and_xla_make_the_same_steps():
     found = []
     for options in ({"run_eagerly": True}, {}, {"jit_compile": True}):
