@@ -58,6 +58,8 @@ TESTS = [
 EXTRAS_REQUIRE = {
     "plots": PLOTS,
     "tensorboard": TENSORBOARD,
+    # Wants TensorFlow 2.20; docs/model_garden.md says what to do with 2.21.
+    "model-garden": ["tf-keras", "tf-models-official"],
     "tuner": TUNER,
     # Ruff breaks the lines of long signatures.
     "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],

@@ -262,6 +262,19 @@ def apply_weight_decay(
     keras.optimizers.Optimizer._apply_weight_decay(optimizer, variables)
 
 
+def is_layer_class(candidate: Any) -> bool:
+    """Returns whether something is a layer class of Keras 3 or tf_keras.
+
+    tf_keras need not be installed, and is slow to import: its layers are
+    known as modules of TensorFlow that are called.
+    """
+    if not isinstance(candidate, type):
+        return False
+    if issubclass(candidate, keras.layers.Layer):
+        return True
+    return issubclass(candidate, tf.Module) and hasattr(candidate, "call")
+
+
 def is_scratch_graph(graph: Any) -> bool:
     """Returns whether Keras made a graph only to infer a shape.
 
@@ -294,22 +307,57 @@ def layer_graph(model: keras.Model) -> LayerGraph | None:
     by_depth = getattr(functional, "_nodes_by_depth", None)
     if by_depth is None:
         return None
+    # Keras 3 says operation, tf_keras says layer.
+    name = "operation" if isinstance(model, keras.Model) else "layer"
     consumers: dict[int, list[Any]] = {}
     for node in (node for nodes in by_depth.values() for node in nodes):
         for parent in node.parent_nodes:
-            consumers.setdefault(id(parent.operation), []).append(
-                node.operation
+            consumers.setdefault(id(getattr(parent, name)), []).append(
+                getattr(node, name)
             )
 
     def operations(tensors: Any) -> set[int]:
         flat = keras.tree.flatten(tensors)
-        return {id(tensor._keras_history.operation) for tensor in flat}
+        return {id(getattr(tensor._keras_history, name)) for tensor in flat}
 
     return LayerGraph(
         consumers,
         operations(functional.outputs),
         operations(functional.inputs),
     )
+
+
+def set_rate(optimizer: Any, learning_rate: Any) -> None:
+    """Sets the learning rate of a tf_keras optimizer in its constructor.
+
+    Every optimizer of tf_keras does it in this way, and there is no other.
+    """
+    optimizer._learning_rate = optimizer._build_learning_rate(learning_rate)
+
+
+def current_rate(optimizer: Any) -> tf.Tensor:
+    """Returns the learning rate of a tf_keras optimizer at this step.
+
+    A schedule is looked up by a private method, which tf_keras calls at the
+    beginning of a step.
+    """
+    optimizer._compute_current_learning_rate()
+    return tf.convert_to_tensor(optimizer.learning_rate)
+
+
+def serialized_rate(optimizer: Any) -> Any:
+    """Returns the learning rate of a tf_keras optimizer for its config."""
+    rate = optimizer._serialize_hyperparameter(optimizer._learning_rate)
+    return rate if isinstance(rate, dict) else float(rate)
+
+
+def has_loss_weights(model: Any) -> bool:
+    """Returns whether a tf_keras model was compiled with `loss_weights`.
+
+    Only its container of losses knows them.
+    """
+    weights = getattr(model.compiled_loss, "_user_loss_weights", None)
+    return weights is not None
 
 
 def layer_scale_class() -> type[keras.layers.Layer]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
+import tf_keras
 
 import keras_natgrad
 from tests.distribution.strategy import two_replicas
@@ -424,3 +425,18 @@ def same_function(names):
     expected = names["model"].predict(names["x"])
     found = names["plain"].predict(names["x"])
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def tf_keras_regression():
+    """One target; a model of tf_keras."""
+    x = _inputs()
+    layers = [tf_keras.layers.Dense(3, "tanh"), tf_keras.layers.Dense(1)]
+    model = tf_keras.Sequential([tf_keras.Input((4,)), *layers])
+    return {"model": model, "x": x, "y": np.sin(x[:, :1])}
+
+
+def tf_keras_trained(names):
+    """Steps were made, with both layers captured."""
+    optimizer = names["optimizer"]
+    assert int(optimizer.iterations) > 0
+    assert len(optimizer.engine.plan.layers) == 2

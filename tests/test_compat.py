@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 
 import keras_natgrad as kng
 from keras_natgrad import _compat
@@ -361,3 +362,56 @@ def test_layer_scale_class():
     ]
     assert len(found) == 3 + 3 + 9 + 3
     assert all(layer.gamma.shape == (layer.projection_dim,) for layer in found)
+
+
+def test_is_layer_class():
+    for found in (layers.Dense, keras.Model, tf_keras.layers.Dense):
+        assert _compat.is_layer_class(found)
+    for other in (int, tf.Module, layers.Dense(1), tf_keras.losses.Loss):
+        assert not _compat.is_layer_class(other)
+
+
+def test_layer_graph_of_tf_keras():
+    first, second = (tf_keras.layers.Dense(2) for _ in range(2))
+    model = tf_keras.Sequential([tf_keras.Input((3,)), first, second])
+    graph = _compat.layer_graph(model)
+    assert graph.consumers[id(first)] == [second]
+    assert graph.outputs == {id(second)}
+
+
+def _with_a_schedule():
+    optimizer = tf_keras.optimizers.SGD()
+    schedule = tf_keras.optimizers.schedules.PiecewiseConstantDecay(
+        [0], [2.0, 1.0]
+    )
+    _compat.set_rate(optimizer, schedule)
+    return optimizer
+
+
+def test_set_rate():
+    optimizer = tf_keras.optimizers.SGD()
+    _compat.set_rate(optimizer, 0.5)
+    assert float(optimizer.learning_rate) == 0.5
+
+
+def test_current_rate():
+    optimizer = _with_a_schedule()
+    assert float(_compat.current_rate(optimizer)) == 2.0
+    optimizer.iterations.assign_add(1)
+    assert float(_compat.current_rate(optimizer)) == 1.0
+
+
+def test_serialized_rate():
+    assert _compat.serialized_rate(tf_keras.optimizers.SGD(0.5)) == 0.5
+    config = _compat.serialized_rate(_with_a_schedule())
+    assert config["config"]["values"] == [2.0, 1.0]
+
+
+def test_has_loss_weights():
+    model = tf_keras.Sequential(
+        [tf_keras.Input((3,)), tf_keras.layers.Dense(1)]
+    )
+    model.compile(loss="mse")
+    assert not _compat.has_loss_weights(model)
+    model.compile(loss="mse", loss_weights=0.5)
+    assert _compat.has_loss_weights(model)

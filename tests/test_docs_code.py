@@ -61,6 +61,13 @@ PAGES = {
         At("keras_tuner.Hyperband", setup.wide_inputs, setup.found),
         At("def optimizer(hp)", after=setup.searchable),
     ],
+    "model_garden.md": [
+        At(
+            "KFAC().attach",
+            setup.tf_keras_regression,
+            setup.tf_keras_trained,
+        ),
+    ],
     "natural_gradient.md": [
         At("epochs=50", setup.regression, setup.trained),
         At("minimize_residuals", after=setup.solved),
@@ -99,6 +106,10 @@ DOCSTRINGS = {
     "heads.family.Family": (None, setup.own_family),
     "heads.generic.Distribution": (None, setup.own_distribution),
     "heads.losses.register_loss": (None, setup.own_loss),
+    "integrations.tf_keras.optimizer.KFAC": (
+        setup.tf_keras_regression,
+        setup.tf_keras_trained,
+    ),
     "layers.conversion.canonical": (setup.whitened, None),
     "layers.conversion.whitened": (setup.classifier, None),
     "layers.whitened_dense.WhitenedDense": (

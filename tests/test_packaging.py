@@ -17,12 +17,15 @@ PACKAGE = ROOT / "keras_natgrad"
 OPTIONAL = {
     "plots": {"matplotlib"},
     "tensorboard": {"tensorboard"},
+    "model-garden": {"tf-keras", "tf-models-official"},
     "tuner": {"keras-tuner", "scikit-learn", "tensorboard"},
 }
 DISTRIBUTION_OF = {
     "keras_tuner": "keras-tuner",
+    "official": "tf-models-official",
     "sklearn": "scikit-learn",
     "typing_extensions": "typing-extensions",
+    "tf_keras": "tf-keras",
     "tensorflow_probability": "tensorflow-probability",
 }
 
@@ -108,7 +111,15 @@ def test_long_description_is_the_readme(metadata):
 
 def test_every_extra_is_declared(metadata):
     assert set(metadata.get_all("Provides-Extra")) == {
-        *("plots", "tensorboard", "tuner", "docs", "tests", "dev"),
+        *(
+            "model-garden",
+            "plots",
+            "tensorboard",
+            "tuner",
+            "docs",
+            "tests",
+            "dev",
+        ),
     }
     for extra, expected in OPTIONAL.items():
         assert requirements(metadata, extra) == expected

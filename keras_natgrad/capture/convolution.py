@@ -24,14 +24,22 @@ from keras_natgrad.capture.registry import LinearMap, register_layer
 @register_layer(keras.layers.Conv2D)
 @register_layer(keras.layers.Conv3D)
 def describe_convolution(layer: Any) -> LinearMap | None:
-    """`z[b, p] = patch(x[b], p) W + b`; the positions p are shared.
-
-    With groups of channels each group has patches, a matrix and outputs of
-    its own. A subclass with a `convolution_op` of its own is not supported.
-    """
+    """The map of a layer; none with a `convolution_op` of its own."""
     own = type(layer).convolution_op
     if own is not keras.layers.Conv2D.convolution_op:
         return None
+    return convolution_map(layer)
+
+
+def convolution_map(layer: Any) -> LinearMap:
+    """`z[b, p] = patch(x[b], p) W + b`; the positions p are shared.
+
+    With groups of channels each group has patches, a matrix and outputs of
+    its own.
+
+    Args:
+        layer: A built layer with the attributes of a Keras convolution.
+    """
     kernel = kernel_variable(layer)
     groups = None if layer.groups == 1 else int(layer.groups)
     layout = _layout(layer, tuple(int(side) for side in kernel.shape), groups)

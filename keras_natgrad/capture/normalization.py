@@ -29,9 +29,13 @@ def describe_batch_normalization(
     """x̂ by the statistics of the batch in training, else by moving ones."""
     if layer.renorm:
         return NotCaptured("batch renormalisation")
+    # A list in tf_keras, which allows several axes.
+    first, *more = keras.tree.flatten(layer.axis)
+    if more:
+        return NotCaptured("normalisation along several axes")
 
     def normalise(x: tf.Tensor, training: Any = None, mask: Any = None) -> Any:
-        axis = layer.axis % x.shape.rank
+        axis = first % x.shape.rank
         others = [each for each in range(x.shape.rank) if each != axis]
         if training and layer.trainable:
             mean, variance = _batch_moments(x, others, mask, layer.synchronized)
@@ -39,7 +43,9 @@ def describe_batch_normalization(
             shape = [1] * x.shape.rank
             shape[axis] = -1
             mean, variance = (
-                tf.reshape(tf.cast(moving.value, x.dtype), shape)
+                tf.reshape(
+                    tf.cast(tf.convert_to_tensor(moving), x.dtype), shape
+                )
                 for moving in (layer.moving_mean, layer.moving_variance)
             )
         return (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
@@ -48,7 +54,7 @@ def describe_batch_normalization(
         layer.gamma,
         layer.beta,
         normalise,
-        lambda rank: [layer.axis % rank],
+        lambda rank: [first % rank],
         with_arguments=True,
     )
 
@@ -60,7 +66,7 @@ def describe_layer_normalization(
     """x̂ over one or several axes, with a scale and shift per element."""
 
     def normalise(x: tf.Tensor) -> tf.Tensor:
-        if not layer.rms_scaling:
+        if not getattr(layer, "rms_scaling", False):
             return keras.ops.layer_normalization(
                 x, axis=list(layer.axis), epsilon=layer.epsilon
             )

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import keras
 
+from keras_natgrad._compat import is_layer_class
+
 Value = TypeVar("Value")
 
 
@@ -25,15 +27,18 @@ class LayerLabel(NamedTuple):
     @classmethod
     def of(cls, layer: keras.layers.Layer) -> LayerLabel:
         """Returns the label of a layer."""
-        return cls(layer.path or layer.name, class_names(layer))
+        return cls(layer_path(layer), class_names(layer))
+
+
+def layer_path(layer: keras.layers.Layer) -> str:
+    """Returns the path of a layer; the name, where it has none."""
+    return str(getattr(layer, "path", None) or layer.name)
 
 
 def class_names(layer: keras.layers.Layer) -> tuple[str, ...]:
     """Returns the names of a layer's class and of its bases, in order."""
     return tuple(
-        each.__name__
-        for each in type(layer).__mro__
-        if issubclass(each, keras.layers.Layer)
+        each.__name__ for each in type(layer).__mro__ if is_layer_class(each)
     )
 
 
@@ -49,7 +54,7 @@ def pattern_name(pattern: Any, argument: str) -> str:
     """
     if isinstance(pattern, str):
         return pattern
-    if isinstance(pattern, type) and issubclass(pattern, keras.layers.Layer):
+    if is_layer_class(pattern):
         return pattern.__name__
     raise ValueError(
         f"A pattern of `{argument}` is a layer name, a path, a glob or a "

@@ -16,6 +16,7 @@ from keras_natgrad.capture.patterns import (
     LayerLabel,
     check_patterns,
     class_names,
+    layer_path,
     matches,
     pattern_name,
 )
@@ -195,7 +196,7 @@ def _plan_layer(
             continue
         plans.append(
             LayerPlan(
-                path=layer.path,
+                path=layer_path(layer),
                 layer_class=type(layer).__name__,
                 variables=variables,
                 layout=spec.layout,

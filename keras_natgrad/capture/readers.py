@@ -5,18 +5,20 @@ from __future__ import annotations
 import keras
 
 from keras_natgrad._compat import LayerGraph, layer_graph
+from keras_natgrad.capture.patterns import class_names
 
-# Layers after which a feature is still one feature of the input.
+# Layers after which a feature is still one feature of the input; by name, as
+# tf_keras has them too.
 _KEEPING_FEATURES = (
-    keras.layers.Concatenate,
-    keras.layers.Dropout,
-    keras.layers.Flatten,
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.Identity,
-    keras.layers.Permute,
-    keras.layers.Rescaling,
-    keras.layers.Reshape,
+    "Concatenate",
+    "Dropout",
+    "Flatten",
+    "GaussianDropout",
+    "GaussianNoise",
+    "Identity",
+    "Permute",
+    "Rescaling",
+    "Reshape",
 )
 
 
@@ -46,10 +48,11 @@ def _readers_of(source: int, graph: LayerGraph) -> set[int]:
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            if isinstance(layer, keras.layers.Dense):
+            classes = class_names(layer)
+            if "Dense" in classes:
                 readers.add(id(layer))
-            elif isinstance(layer, _KEEPING_FEATURES):
+            elif any(name in classes for name in _KEEPING_FEATURES):
                 waiting.append(id(layer))
-            elif isinstance(layer, keras.Model):
+            elif "Model" in classes:
                 readers |= readers_of_inputs(layer)
     return readers

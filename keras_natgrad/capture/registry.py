@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from keras_natgrad._compat import is_plain
+from keras_natgrad._compat import is_layer_class, is_plain
 from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.linalg import Rows
 
@@ -76,7 +76,8 @@ def register_layer(
     their computation is unknown; register them too.
 
     Args:
-        layer_class: A `keras.layers.Layer` subclass.
+        layer_class: A subclass of `keras.layers.Layer`, or of
+            `tf_keras.layers.Layer` for `integrations.tf_keras`.
 
     Returns:
         A decorator for a function that takes a built layer and returns its
@@ -102,10 +103,7 @@ def register_layer(
         )
     ```
     """
-    if not (
-        isinstance(layer_class, type)
-        and issubclass(layer_class, keras.layers.Layer)
-    ):
+    if not is_layer_class(layer_class):
         raise ValueError(
             "`register_layer` takes a keras.layers.Layer subclass. "
             f"Received: {layer_class!r}"

@@ -115,6 +115,16 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                 "`attach` takes a keras.Model. "
                 f"Received: model={model!r} of type {type(model).__name__}"
             )
+        self.take_model(model, head, exclude)
+        install(model)
+        if self.steps_outside:
+            install_hook(model)
+        return self
+
+    def take_model(
+        self, model: keras.Model, head: Any, exclude: Sequence[Any]
+    ) -> None:
+        """Notes what `attach` was given; the model stays as it is."""
         if isinstance(exclude, (str, type)):
             raise ValueError(
                 f"`exclude` must be a list. Received: exclude={exclude!r}"
@@ -122,17 +132,13 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         for pattern in exclude:
             pattern_name(pattern, "exclude")
         if self._curvature_built:
-            match_layers(self._plan, model, _compat.optimizer_variables(self))
+            self.planned_layers(model)
         self._hide("_model_reference", weakref.ref(model))
         if head is not None:
             self._hide("_head", head)
         self._hide("_exclude", tuple(exclude))
-        install(model)
-        if self.steps_outside:
-            install_hook(model)
         if self.built and not self._curvature_built:
             self._build_curvature(_compat.optimizer_variables(self))
-        return self
 
     def attached_model(self) -> keras.Model:
         """Returns the attached model.
@@ -190,12 +196,12 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
 
     def _build_curvature(self, variables: list[Any]) -> None:
         if self._model_reference is not None:
-            self._hide(
-                "_plan",
-                self.choose_layers(
-                    make_plan(self.attached_model(), variables, self._exclude)
-                ),
+            plan = make_plan(
+                self.attached_model(),
+                self.model_variables(variables),
+                self._exclude,
             )
+            self._hide("_plan", self.choose_layers(plan))
             self.warn_of_plan(self._plan, variables)
         self._hide("_curvature_built", True)
         self.build_curvature(self._plan, variables)
@@ -203,6 +209,17 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
     def choose_layers(self, plan: Plan) -> Plan:
         """Returns the part of a plan that the optimizer's blocks can treat."""
         return plan
+
+    def model_variables(self, variables: Sequence[Any]) -> list[Any]:
+        """Returns what the model's layers hold for the given variables."""
+        return list(variables)
+
+    def planned_layers(
+        self, model: keras.Model
+    ) -> list[tuple[keras.layers.Layer, int]]:
+        """Returns the layer, and which of its maps, of each planned one."""
+        own = self.model_variables(_compat.optimizer_variables(self))
+        return match_layers(self._plan, model, own)
 
     def warn_of_plan(self, plan: Plan, variables: Sequence[Any]) -> None:
         """Warns of the variables that get a fallback block."""
@@ -250,8 +267,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         if not self.built:
             self.build(list(variables))
         model = self.attached_model()
-        own = _compat.optimizer_variables(self)
-        layers = match_layers(self._plan, model, own)
+        layers = self.planned_layers(model)
         terms = tape.terms
         if terms is None:
             if self._head is None or tape.model_outputs is None:

@@ -83,6 +83,10 @@ class PreconditionedOptimizer(ModelledOptimizer):
             # λ of the inverses in use.
             self._hide("_inverted_at", add("inverted_at", (), "zeros"))
         self.build_model()
+        self.note_ridge(variables)
+
+    def note_ridge(self, variables: Sequence[Any]) -> None:
+        """Notes the curvature of the variables' L2 regularizers."""
         ridge = [l2_curvature(variable.regularizer) for variable in variables]
         self._hide("_ridge", ridge)
         pairs = [
@@ -114,7 +118,9 @@ class PreconditionedOptimizer(ModelledOptimizer):
             self.build(self.attached_model().trainable_variables)
         variables = _compat.optimizer_variables(self)
         positions = known_positions(
-            self._plan, self.attached_model(), variables
+            self._plan,
+            self.attached_model(),
+            self.model_variables(variables),
         )
         text = render_table(
             self.curvature, variables, self.loss_rows(), positions

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -410,6 +411,16 @@ def test_distributed_mirrored():
     assert float(lines[-1].rsplit(": ")[1]) < 1e-4
 
 
+def test_model_garden_task():
+    pytest.importorskip(
+        "official",
+        reason="tf-models-official is not installed, see docs/model_garden.md",
+    )
+    output = run("model_garden_task.py", "--steps", "60")
+    accuracy = re.findall(r"^accuracy: (.*)$", output, re.MULTILINE)
+    assert float(accuracy[-1]) > 0.9
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -418,6 +429,7 @@ def test_distributed_mirrored():
         "heteroscedastic_regression.py",
         "count_regression.py",
         "kl_distance.py",
+        "model_garden_task.py",
         "pinn_poisson.py",
         "natural_gradient_cg.py",
         "prong.py",

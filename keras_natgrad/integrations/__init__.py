@@ -1,0 +1,1 @@
+"""Other tools. Nothing is imported here: each module needs its own tool."""

@@ -1,0 +1,302 @@
+"""K-FAC as an optimizer of tf_keras."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+from typing_extensions import override
+
+from keras_natgrad import distribution
+from keras_natgrad._compat import (
+    current_rate,
+    optimizer_variables,
+    serialized_rate,
+    set_rate,
+)
+from keras_natgrad.capture import Plan
+from keras_natgrad.integrations.tf_keras.engine import Engine
+from keras_natgrad.integrations.tf_keras.forward import Recorder, remove_taps
+from keras_natgrad.integrations.tf_keras.losses import output_terms
+
+_NOT_ATTACHED = (
+    "This KFAC optimizer is not attached to a model, so it cannot see the "
+    "layers whose curvature it needs. Write `optimizer.attach(model)` before "
+    "training."
+)
+# Settings of the engine, apart from those that tf_keras optimizers have too.
+_CLIPPING = ("weight_decay", "clipnorm", "clipvalue", "global_clipnorm")
+_SETTINGS = (
+    "momentum",
+    "damping",
+    "fisher",
+    "factor_decay",
+    "damping_split",
+    "curvature_update_period",
+    "inverse_update_period",
+    "refresh_growth",
+    "quadratic_model",
+    "norm_constraint",
+    "block",
+    "weight_sharing",
+    "max_factor_size",
+    "fallback",
+    "seed",
+)
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_natgrad")
+class KFAC(tf_keras.optimizers.Optimizer):
+    """`keras_natgrad.KFAC` for models of tf_keras.
+
+    It works in the stock `fit` of tf_keras, and in training loops that call
+    `apply_gradients` after one forward pass with `training=True`, as tasks of
+    the TensorFlow Model Garden do. The Fisher counts all examples alike:
+    sample weights enter the gradient only.
+
+    The loss is not evaluated again, so an adaptive damping stays where the
+    first batch sets it, apart from steps that are taken back. That needs a
+    loss, which `fit` gives and `apply_gradients` alone does not.
+
+    Args:
+        learning_rate: `"auto"` for the minimum of the quadratic model, a float
+            or a `tf_keras` schedule. Defaults to `"auto"`.
+        automatic: Whether `learning_rate` is a factor of the automatic one.
+            Defaults to `False`; `"auto"` is a factor of 1.
+        name: Name of the optimizer.
+        **settings: Arguments of `keras_natgrad.KFAC`: those about curvature,
+            damping and step (not `refresh_where` and `log_statistics`), and
+            `weight_decay`, `clipnorm`, `clipvalue` and `global_clipnorm`.
+
+    Raises:
+        ValueError: If an argument is unknown or out of range.
+
+    Example:
+
+    ```python
+    from keras_natgrad.integrations.tf_keras import KFAC
+
+    optimizer = KFAC().attach(model)
+    model.compile(optimizer, loss="mse")
+    model.fit(x, y, batch_size=512)
+    ```
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = "auto",
+        automatic: bool = False,
+        name: str = "KFAC",
+        **settings: Any,
+    ) -> None:
+        unknown = sorted(set(settings) - {*_SETTINGS, *_CLIPPING})
+        if unknown:
+            raise ValueError(
+                f"KFAC for tf_keras takes {_SETTINGS} and {_CLIPPING}. "
+                f"Received: {unknown}"
+            )
+        if settings.get("fisher") == "empirical":
+            raise ValueError(
+                "A training step of tf_keras does not tell its optimizer the "
+                "targets. Received: fisher='empirical'"
+            )
+        if learning_rate == "auto":
+            learning_rate, automatic = 1.0, True
+        clipping = {key: settings.get(key) for key in _CLIPPING}
+        super().__init__(name=name, jit_compile=False, **clipping)
+        set_rate(self, learning_rate)
+        self.automatic = automatic
+        engine = Engine("auto" if automatic else 1.0, **settings)
+        # Kept from tracking: its state is in the list of variables.
+        object.__setattr__(self, "engine", engine)
+        object.__setattr__(self, "_recorder", Recorder())
+        object.__setattr__(self, "_adopted", {})
+        object.__setattr__(self, "_loss", None)
+
+    # -- Attaching -------------------------------------------------------
+
+    def attach(
+        self, model: Any, head: Any = None, exclude: Sequence[Any] = ()
+    ) -> KFAC:
+        """Attaches the optimizer to the model that it trains.
+
+        The model gets an instance `call`, which records the layers when it
+        trains; class, layers and saved file stay as they are. Attaching again
+        is harmless, and necessary after a model has been loaded.
+
+        Args:
+            model: A `tf_keras.Model`, built or not.
+            head: A `keras_natgrad.heads.Head`, or a list or dictionary of
+                heads like the outputs, where the loss is the mean of its
+                negative log-likelihood. By default that of the compiled loss.
+            exclude: Layers that are not to be captured, as for
+                `keras_natgrad.KFAC.attach`.
+
+        Returns:
+            The optimizer itself.
+
+        Raises:
+            ValueError: If `model` is no tf_keras model, or not the one that
+                the state was built for.
+        """
+        if not isinstance(model, tf_keras.Model):
+            raise ValueError(
+                "`attach` takes a tf_keras.Model. "
+                f"Received: model={model!r} of type {type(model).__name__}"
+            )
+        self.engine.take_model(model, head, exclude)
+        self._recorder.install(model)
+        if model.built and model.trainable_variables:
+            with tf.init_scope():
+                self.build(model.trainable_variables)
+        return self
+
+    def detach(self) -> None:
+        """Takes the instance `call` off the attached model."""
+        remove_taps(self.engine.attached_model())
+
+    def summary(self, print_fn: Callable[[str], Any] | None = None) -> None:
+        """Prints what each layer got, see `keras_natgrad.KFAC.summary`."""
+        self.engine.summary(print_fn)
+
+    # -- State -----------------------------------------------------------
+
+    @override
+    def build(self, var_list: Sequence[Any]) -> None:
+        """Creates the state, if a model is attached or a plan was loaded.
+
+        Args:
+            var_list: The trainable variables of the model.
+        """
+        if getattr(self, "_built", False):
+            return
+        if self.engine.plan is None and not self.engine.is_attached:
+            return
+        variables = list(var_list)
+        super().build(variables)
+        self.engine.adopt(variables)
+        for own, adopted in zip(
+            variables, optimizer_variables(self.engine), strict=True
+        ):
+            self._adopted[own.ref()] = adopted
+        for state in self.engine.variables:
+            self._variables.append(state.value)
+        self._built = True
+
+    # -- One step --------------------------------------------------------
+
+    @override
+    def compute_gradients(
+        self, loss: Any, var_list: Any, tape: Any = None
+    ) -> list[tuple[Any, Any]]:
+        """Returns the gradients as tf_keras does; notes the loss."""
+        if callable(loss):
+            raise ValueError(
+                "`minimize` needs the loss as a tensor, with its tape. "
+                f"Received: loss={loss!r}"
+            )
+        object.__setattr__(self, "_loss", loss)
+        return list(super().compute_gradients(loss, var_list, tape))
+
+    @override
+    def update_step(self, gradient: Any, variable: Any) -> None:
+        """Is not used: all variables are updated at once."""
+        raise NotImplementedError
+
+    @override
+    def apply_gradients(
+        self, grads_and_vars: Any, name: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Makes one step.
+
+        Args:
+            grads_and_vars: Pairs of gradient (or `None`) and variable.
+            name: Ignored, as are further arguments.
+            **kwargs: Ignored.
+
+        Returns:
+            The number of steps.
+
+        Raises:
+            ValueError: If no model is attached, or no forward pass of it was
+                seen.
+        """
+        distribution.refuse_replicas(
+            "KFAC for tf_keras",
+            "gradients",
+            "the parts of a batch are not put together",
+            "Use keras_natgrad.KFAC with a Keras 3 model.",
+        )
+        if not self.engine.is_attached:
+            raise ValueError(_NOT_ATTACHED)
+        gradients, variables = zip(*grads_and_vars, strict=True)
+        with tf.init_scope():
+            self.build(variables)
+        own = [self._adopted_variable(variable) for variable in variables]
+        self.engine.learning_rate = current_rate(self)
+        self._observe(gradients, own)
+        self.engine.apply(gradients, own)
+        for variable in variables:
+            if variable.constraint is not None:
+                variable.assign(variable.constraint(variable))
+        return self.iterations.assign_add(1)
+
+    def _observe(self, gradients: Sequence[Any], variables: Any) -> None:
+        """Hands the forward pass to the engine."""
+        model = self.engine.attached_model()
+        forward = self._recorder.take(model.name)
+        with forward.gradient_tape:
+            forward.terms = output_terms(
+                model, forward.model_outputs, self.engine.attached_head()
+            )
+        forward.loss = tf.zeros([]) if self._loss is None else self._loss
+        object.__setattr__(self, "_loss", None)
+        self.engine.receive_curvature(forward, gradients, variables)
+
+    def _adopted_variable(self, variable: Any) -> Any:
+        try:
+            return self._adopted[variable.ref()]
+        except KeyError:
+            raise ValueError(
+                "The optimizer was built for other variables. Create a new "
+                "optimizer, or pass the trainable variables of the attached "
+                f"model. Received: variable={variable.name!r}"
+            ) from None
+
+    # -- Saving ----------------------------------------------------------
+
+    @override
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments and the plan of the layers."""
+        engine = self.engine.get_config()
+        kept = {key: engine[key] for key in _SETTINGS}
+        plan = self.engine.plan
+        return {
+            "name": self.name,
+            "learning_rate": serialized_rate(self),
+            "automatic": self.automatic,
+            **{key: getattr(self, key) for key in _CLIPPING},
+            **_plain(kept),
+            "plan": None if plan is None else _plain(plan.get_config()),
+        }
+
+    @classmethod
+    @override
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> Any:
+        """Recreates the optimizer from `get_config`."""
+        config = dict(config)
+        plan = config.pop("plan", None)
+        optimizer = super().from_config(config, custom_objects)
+        if plan is not None:
+            optimizer.engine.take_plan(Plan.from_config(plan))
+        return optimizer
+
+
+def _plain(config: dict[str, Any]) -> Any:
+    """Returns lists for tuples, which tf_keras does not restore."""
+    return json.loads(json.dumps(config))
