@@ -1,6 +1,7 @@
 """Set-up of every test process and of every test."""
 
 import os
+import re
 
 # Before TensorFlow and Keras are imported for the first time.
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -14,6 +15,8 @@ if _IS_XDIST_WORKER:
 import keras
 import pytest
 import tensorflow as tf
+
+from tests.slow_tests import PATTERNS
 
 SEED = 1234
 LOGICAL_CPUS = 2
@@ -67,3 +70,15 @@ def mirrored_strategy():
     from tests.distribution.strategy import two_replicas
 
     return two_replicas()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests of `slow_tests`, before slow ones are left out."""
+    patterns = [
+        re.compile(re.escape(pattern).replace(r"\*", ".*"))
+        for pattern in PATTERNS
+    ]
+    for item in items:
+        if any(pattern.fullmatch(item.nodeid) for pattern in patterns):
+            item.add_marker(pytest.mark.slow)

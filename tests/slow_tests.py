@@ -1,0 +1,50 @@
+"""Tests that the default run leaves out beside those marked in place.
+
+Each is a further variant of something that the default run tests, or a feature
+that it tests in another way; the default run has to stay under twenty minutes
+on two cores. Patterns of node ids; `[` and `]` stand for themselves.
+"""
+
+PATTERNS = (
+    # Compiling the step takes long; the other optimizers show the same.
+    "tests/contract/test_contract.py::test_cell[KFAC-average_of_weights]",
+    "tests/contract/test_contract.py::test_cell[KFAC-backup]",
+    "tests/contract/test_contract.py::test_cell[KFAC-clipping]",
+    "tests/contract/test_contract.py::test_cell[KFAC-gradient_accumulation]",
+    "tests/contract/test_contract.py::test_cell[KFAC-loss_scale_factor]",
+    "tests/contract/test_contract.py::test_cell[KFAC-mirrored_strategy]",
+    "tests/contract/test_contract.py::test_cell[KFAC-partial_batches]",
+    "tests/contract/test_contract.py::test_cell[RNGD-gradient_accumulation]",
+    "tests/contract/test_contract.py::test_cell[RNGD-mirrored_strategy]",
+    "tests/contract/test_contract.py::test_cell[RNGD-mixed_*]",
+    "tests/contract/test_contract.py::test_cell[RNGD-partial_batches]",
+    "tests/contract/test_contract.py::test_cell[RNGD-steps_per_execution]",
+    "tests/contract/test_contract.py::test_cell[RNGD-train_on_batch]",
+    "tests/optimizers/test_every_optimizer.py::test_modes_agree[*-many]",
+    "tests/callbacks/test_monitor.py::test_refresh_is_timed*[xla]",
+    "tests/optimizers/test_host_refresh.py::test_host_equals_graph[kwargs*True]",
+    "tests/training/test_loss_fallbacks.py::test_ctc[xla]",
+    # Further optimizers on two replicas.
+    "tests/distribution/test_mirrored.py::*[full]",
+    "tests/distribution/test_mirrored.py::*[spring]",
+    "tests/distribution/test_mirrored.py::*[rngd_identity]",
+    "tests/distribution/test_mirrored.py::*[mixed_bfloat16]",
+    "tests/distribution/test_mirrored.py::test_halves_of_unequal_weight[rngd]",
+    "tests/distribution/test_mirrored.py::test_halves_of_unequal_weight[prong]",
+    # A whole search; tests/test_tuner.py has shorter ones.
+    "tests/examples/test_examples.py::test_keras_tuner_search",
+    "tests/test_docs_code.py::test_docstring[tuner.NaturalGradientHyperModel]",
+    # Whole examples, whose optimizers and heads have tests of their own.
+    "tests/examples/test_examples.py::test_count_regression",
+    "tests/examples/test_examples.py::test_heteroscedastic_regression",
+    "tests/examples/test_examples.py::test_natural_gradient_cg",
+    "tests/examples/test_examples.py::test_rngd_mnist",
+    # Further layers and heads.
+    "tests/integrations/test_tf_keras.py::test_steps_equal*[sequences*",
+    "tests/integrations/test_tf_keras.py::test_steps_equal*[normalized*",
+    "tests/integrations/test_tf_keras.py::test_steps_equal*-settings5]",
+    "tests/training/test_head_training.py::test_default*[dirichlet]",
+    "tests/training/test_head_training.py::test_default*[joint]",
+    "tests/training/test_head_training.py::test_default*[mvn]",
+    "tests/training/test_head_training.py::test_modes_agree[gamma]",
+)
