@@ -399,6 +399,23 @@ def changed(names):
     np.testing.assert_allclose(names["n_z_before"], change.inputs, atol=1e-6)
 
 
+def monitored(names):
+    """A record every fourth step, in the logs at the ends of epochs."""
+    assert len(names["history"].history["damping"]) == 10
+    assert names["monitor"].history["step"] == list(range(4, 81, 4))
+    assert names["monitor"].spectrum("sequential/hidden").size == 21 * 32
+
+
+def recorded_state(names):
+    """A record of a loop of one's own."""
+    assert np.isfinite(names["record"]["damping"])
+
+
+def has_patience(names):
+    """The policy is the documented one."""
+    assert names["policy"].patience == 3
+
+
 def found(names):
     """The best model is trained by K-FAC, and has trained on."""
     searched(names)

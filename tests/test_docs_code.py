@@ -68,6 +68,11 @@ PAGES = {
             setup.tf_keras_trained,
         ),
     ],
+    "monitoring.md": [
+        At("CurvatureMonitor(every=4)", after=setup.monitored),
+        At("monitor.record()", after=setup.recorded_state),
+        At("RaiseDamping(factor", after=setup.has_patience),
+    ],
     "natural_gradient.md": [
         At("epochs=50", setup.regression, setup.trained),
         At("minimize_residuals", after=setup.solved),

@@ -48,7 +48,10 @@ class HostRefresh:
         self._max_staleness = max_staleness
         self._executor: ThreadPoolExecutor | None = None
         self._running: Future[Refreshed] | None = None
+        # Of the refresh under way: step and damping, and the count of
+        # refreshes when it began.
         self._asked_at = 0
+        self._damping: tf.Tensor | None = None
         self._refreshes = 0
         with tf.device("CPU:0"):
             last = max(i for entry in host.entries for i in entry.variables)
@@ -97,7 +100,7 @@ class HostRefresh:
             host.block.copy_statistics(own.block)
             # What a failed factorisation leaves in place.
             host.block.copy_inverse(own.block)
-        damping = self._damping = tf.identity(optimizer.inverse_damping())
+        self._damping = damping = tf.identity(optimizer.inverse_damping())
         self._asked_at = step
         self._refreshes = int(optimizer.state.count("refreshes"))
         if self._threaded:

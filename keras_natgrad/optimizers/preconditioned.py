@@ -58,6 +58,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
     block_options: BlockOptions
     quadratic_model: QuadraticModel
     curvature: BlockDiagonal
+    _host_refresh: HostRefresh | None = None
 
     # -- State -----------------------------------------------------------
 
@@ -93,8 +94,6 @@ class PreconditionedOptimizer(ModelledOptimizer):
             (e.variables[0], e.variables[-1]) for e in self.curvature.entries
         ]
         self._hide("_ridge_rows", [Ridge(ridge[i], ridge[j]) for i, j in pairs])
-
-    _host_refresh: HostRefresh | None = None
 
     def make_blocks(
         self, plan: Plan, shapes: Sequence[tuple[int, ...]]
@@ -213,7 +212,10 @@ class PreconditionedOptimizer(ModelledOptimizer):
             self._adapt_damping(observation, model)
         # An inverse that knows the batch it is applied to fits its noise: the
         # statistics of this batch serve the next ones.
-        self._refresh_if(due & ~forced, self.refresh.where != "graph")
+        if self.steps_outside:
+            self._ask_if(due & ~forced)
+        else:
+            self._refresh_if(due & ~forced)
 
     def _pulled(self, gradients: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
         """Returns `∇ + λ μ D φ₋₁` of SPRING, or the gradient as it is.
@@ -286,24 +288,8 @@ class PreconditionedOptimizer(ModelledOptimizer):
             scheduled = tf.cast(rule(self.iterations), scale.dtype)
             self.state.damping.assign(scheduled * scale.value)
 
-    def _refresh_if(self, due: tf.Tensor, outside: bool = False) -> None:
-        """Recomputes the inverses when it is time.
-
-        Args:
-            due: Scalar bool.
-            outside: Whether to ask for it only, see `after_step`.
-        """
-        step = tf.convert_to_tensor(self.iterations)
-
-        def plan_next() -> tf.Tensor:
-            self.state.refresh_at.assign(
-                self.refresh.next_due(step, self.refresh.inverse_period)
-            )
-            return tf.constant(0)
-
-        def ask() -> tf.Tensor:
-            self.state.refresh_asked.assign(1)
-            return plan_next()
+    def _refresh_if(self, due: tf.Tensor) -> None:
+        """Recomputes the inverses when it is time."""
 
         def refresh() -> tf.Tensor:
             damping = self.inverse_damping()
@@ -314,11 +300,28 @@ class PreconditionedOptimizer(ModelledOptimizer):
             self.state.increment(
                 refreshes=1, retries=retries, failures=failures
             )
-            return plan_next()
+            self._plan_refresh()
+            return tf.constant(0)
 
-        function = ask if outside else refresh
         distribution.across_replicas(
-            lambda: tf.cond(due, function, lambda: tf.constant(0))
+            lambda: tf.cond(due, refresh, lambda: tf.constant(0))
+        )
+
+    def _ask_if(self, due: tf.Tensor) -> None:
+        """Asks for a refresh when it is time, see `after_step`."""
+
+        def ask() -> tf.Tensor:
+            self.state.refresh_asked.assign(1)
+            self._plan_refresh()
+            return tf.constant(0)
+
+        tf.cond(due, ask, lambda: tf.constant(0))
+
+    def _plan_refresh(self) -> None:
+        """Sets the step of the next refresh."""
+        step = tf.convert_to_tensor(self.iterations)
+        self.state.refresh_at.assign(
+            self.refresh.next_due(step, self.refresh.inverse_period)
         )
 
     def refresh_inverses(self) -> None:
@@ -334,7 +337,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
         `fit` and `train_on_batch` call it after every step. A training loop
         of one's own does so between two steps, outside any `tf.function`.
         """
-        if self.refresh.where == "graph" or not self._curvature_built:
+        if not self.steps_outside or not self._curvature_built:
             return
         host_refresh = self._host_refresh
         if host_refresh is None:

@@ -272,7 +272,7 @@ class RNGD(PreconditionedOptimizer):
         self.state.note(learning_rate=rate, momentum=momentum)
 
     @override
-    def _refresh_if(self, due: tf.Tensor, outside: bool = False) -> None:
+    def _refresh_if(self, due: tf.Tensor) -> None:
         batches = self.state.count("batches")
 
         def refresh() -> tf.Tensor:

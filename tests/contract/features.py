@@ -92,11 +92,10 @@ def weight_decay(make, folder):
         start = weights(model)
         model.fit(*data(12), **FIT)
         results.append(weights(model))
-    # Decoupled: w − w·wd·lr before the step, and it is no part of the step.
-    for index, (plain, decayed) in enumerate(zip(*results, strict=True)):
-        if index == 0:
-            assert np.all(np.abs(decayed - plain) < 0.06 * np.abs(start[0]))
-            assert np.any(decayed != plain)
+    # Decoupled: w − w·wd·lr before the step, of which it is no part.
+    for old, plain, decayed in zip(start, *results, strict=True):
+        decay = 0.05 * old if old.ndim == 2 else 0.0 * old
+        np.testing.assert_allclose(plain - decayed, decay, rtol=1e-3, atol=1e-6)
 
 
 def clipping(make, folder):
@@ -456,19 +455,16 @@ def weighted_examples(make, folder):
     x, y = data()
     model = eager(make())
     learns(model, class_weight={0: 1.0, 1: 0.5, 2: 2.0})
+    # Examples without weight are not there, in loss or Fisher. The default
+    # K-FAC draws random numbers for them too.
+    draws = isinstance(model.optimizer, kng.KFAC)
+    exact = {"fisher": "exact", "quadratic_model": "exact"} if draws else {}
     half = np.arange(24) < 12
-    left, right = eager(make()), eager(make())
-    # Examples without weight are not there, in loss or Fisher.
-    left.fit(x, y, sample_weight=half, epochs=2, **{**FIT, "batch_size": 24})
-    right.fit(
-        x[:12],
-        y[:12],
-        sample_weight=np.full(12, 0.5),
-        epochs=2,
-        **{**FIT, "batch_size": 24},
-    )
-    for model in (left, right):
-        assert all(np.all(np.isfinite(each)) for each in weights(model))
+    left, right = eager(make(**exact)), eager(make(**exact))
+    whole = {**FIT, "batch_size": 24, "epochs": 3}
+    left.fit(x, y, sample_weight=half, **whole)
+    right.fit(x[:12], y[:12], sample_weight=np.full(12, 0.5), **whole)
+    assert_close(weights(left), weights(right), 1e-4, 1e-5)
 
 
 def regularizers(make, folder):
@@ -510,6 +506,13 @@ def logs(make, folder):
         rows = list(csv.DictReader(file))
     name = model.optimizer.name
     assert float(rows[-1][f"{name}_batches"]) == 6.0
+
+
+def tensorboard(make, folder):
+    """`TensorBoard`"""
+    callback = keras.callbacks.TensorBoard(folder / "logs", histogram_freq=1)
+    learns(eager(make()), callbacks=[callback])
+    assert list((folder / "logs" / "train").glob("events.out.tfevents.*"))
 
 
 def summary(make, folder):
@@ -563,5 +566,5 @@ FEATURES_IN_ORDER = {
         reductions,
         low_rank,
     ),
-    "Logs": (logs, summary),
+    "Logs": (logs, tensorboard, summary),
 }

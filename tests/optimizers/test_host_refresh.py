@@ -12,6 +12,7 @@ from tests.training.networks import (
     assert_close,
     assert_equal,
     compiled,
+    cross_entropy,
     data,
     mlp,
     state,
@@ -204,11 +205,19 @@ def test_custom_loop():
 
 
 def test_another_optimizer_afterwards():
-    """The hook does nothing where it is not asked for."""
-    model = compiled(mlp(), kng.KFAC(refresh_where="host"))
+    """The hook leaves a model that is compiled with another one alone."""
+    optimizer = kng.KFAC(refresh_where="host")
+    model = compiled(mlp(), optimizer)
     model.fit(*data(), **FIT)
-    model.compile("sgd", loss=keras.losses.SparseCategoricalCrossentropy(True))
-    model.fit(*data(), **FIT)
+    before = [variable.numpy() for variable in optimizer.variables]
+    model.compile(keras.optimizers.SGD(0.1), loss=cross_entropy())
+    plain = mlp()
+    plain.set_weights(model.get_weights())
+    plain.compile(keras.optimizers.SGD(0.1), loss=cross_entropy())
+    for each in (model, plain):
+        each.fit(*data(), **FIT)
+    assert_equal(weights(model), weights(plain))
+    assert_equal([v.numpy() for v in optimizer.variables], before)
 
 
 def test_bad_place():
