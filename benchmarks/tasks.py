@@ -107,7 +107,9 @@ class Task:
         total = 0.0
         for start in range(0, len(x), self.eval_batch):
             part = slice(start, start + self.eval_batch)
-            score = self.score(y[part], model(x[part], training=False))
+            outputs = model(x[part], training=False)
+            # A network in half precision is judged in full precision.
+            score = self.score(y[part], ops.cast(outputs, "float32"))
             total += float(score) * len(x[part])
         return total / len(x)
 

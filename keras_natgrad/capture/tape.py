@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_natgrad._compat import flatten_layers
+from keras_natgrad.capture.half_precision import refine_gradients
 from keras_natgrad.capture.replaced_call import replace_call, restore_call
 from keras_natgrad.capture.taps import Taps
 
@@ -111,8 +112,18 @@ class CurvatureTape:
             One gradient (or `None`) per source.
         """
         sources = list(sources)
-        gradients = self.gradient_tape.gradient(loss, sources)
+        gradients = self._gradients(loss, sources)
         if self.loss is None:
             self.loss = loss
         self.optimizer.receive_curvature(self, gradients, sources)
         return gradients
+
+    def _gradients(self, loss: tf.Tensor, sources: list[Any]) -> list[Any]:
+        """Returns the gradient, without the rounding of layers in half."""
+        records = self.taps.half_precision_records()
+        if not records:
+            return self.gradient_tape.gradient(loss, sources)
+        gradients, cotangents = self.gradient_tape.gradient(
+            loss, (sources, [record.preactivations for record in records])
+        )
+        return refine_gradients(gradients, sources, records, cotangents)

@@ -29,11 +29,13 @@ class LayerUse(NamedTuple):
         inputs: The layer's raw input.
         arguments: The other arguments of the call, by name.
         preactivation: Its pre-activation `z`.
+        tape: Tape of this call alone, of a layer in half precision.
     """
 
     inputs: tf.Tensor
     arguments: Mapping[str, Any]
     preactivation: tf.Tensor
+    tape: tf.GradientTape | None = None
 
 
 class LayerUses:
@@ -156,6 +158,36 @@ class LayerRecord:
         ]
         return _merge(parts, batch)
 
+    def own_gradients(
+        self, cotangents: Sequence[tf.Tensor | None]
+    ) -> list[tf.Tensor | None]:
+        """Returns what the layer's calls themselves add to the gradients.
+
+        In the dtype and with the roundings of the backward pass of the loss.
+        Only for layers in half precision.
+
+        Args:
+            cotangents: One per use of the layer, `None` for zero.
+
+        Returns:
+            One tensor per variable of `spec`, `None` where there is none.
+        """
+        totals: list[tf.Tensor | None] = [None] * len(self.spec.variables)
+        for use, cotangent in zip(self._uses, cotangents, strict=True):
+            if use.tape is None or cotangent is None:
+                continue
+            parts = use.tape.gradient(
+                use.preactivation,
+                list(self.spec.variables),
+                output_gradients=cotangent,
+            )
+            for i, part in enumerate(parts):
+                if part is not None:
+                    part = tf.convert_to_tensor(part)
+                    total = totals[i]
+                    totals[i] = part if total is None else total + part
+        return totals
+
     def _own_inputs(self, use: LayerUse) -> Rows:
         inputs = tf.stop_gradient(use.inputs)
         if self.spec.with_arguments:
@@ -233,6 +265,15 @@ class Taps:
         """Returns what a layer did, for one of its `LinearMap`s."""
         return LayerRecord(self._records[id(layer)], index)
 
+    def half_precision_records(self) -> list[LayerRecord]:
+        """Returns the records of all layers that computed in half precision."""
+        return [
+            LayerRecord(uses, index)
+            for uses in self._records.values()
+            if any(use.tape is not None for use in uses.uses)
+            for index in range(len(uses.specs))
+        ]
+
     def __enter__(self) -> Taps:
         self._records = {}
         for layer in self._layers:
@@ -261,20 +302,29 @@ def _tapped(
     original: Callable[..., Any],
 ) -> Callable[..., Any]:
     signature = inspect.signature(original)
+    is_half = layer.compute_dtype in ("float16", "bfloat16")
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if not is_half:
+            return record_call(None, *args, **kwargs)
+        with tf.GradientTape(persistent=True) as tape:
+            return record_call(tape, *args, **kwargs)
+
+    def record_call(
+        tape: tf.GradientTape | None, *args: Any, **kwargs: Any
+    ) -> Any:
         inputs, others = _split_arguments(signature, args, kwargs)
         activation = getattr(layer, "activation", None)
         if activation is None:
             outputs = original(*args, **kwargs)
-            _note(record, inputs, others, outputs)
+            _note(record, inputs, others, outputs, tape)
             return outputs
 
         def tap(preactivation: tf.Tensor) -> tf.Tensor:
             # The identity gives the pre-activation a tensor of its own: in
             # eager mode an activation may return its argument.
             preactivation = tf.identity(preactivation)
-            _note(record, inputs, others, preactivation)
+            _note(record, inputs, others, preactivation, tape)
             return activation(preactivation)
 
         object.__setattr__(layer, "activation", tap)
@@ -303,9 +353,10 @@ def _note(
     inputs: Any,
     arguments: Mapping[str, Any],
     preactivation: Any,
+    tape: tf.GradientTape | None,
 ) -> None:
     if tf.is_tensor(preactivation) and tf.is_tensor(inputs):
-        record.uses.append(LayerUse(inputs, arguments, preactivation))
+        record.uses.append(LayerUse(inputs, arguments, preactivation, tape))
 
 
 def _drop_foreign(record: LayerUses) -> None:

@@ -209,12 +209,24 @@ class BlockDiagonal:
         Returns:
             Raised dampings and failed factorisations, int32 scalars.
         """
-        ratio = self._global_ratio() if self._split_globally else None
         return self.refresh_blocks(
-            [damping + ridge[entry.variables[0]] for entry in self.entries],
-            ratio,
-            devices,
+            *self.refresh_arguments(damping, ridge), devices
         )
+
+    def refresh_arguments(
+        self, damping: tf.Tensor, ridge: Sequence[float]
+    ) -> tuple[list[tf.Tensor], tf.Tensor | None]:
+        """Returns the damping of every entry, and π where all share one.
+
+        Args:
+            damping: See `refresh`.
+            ridge: See `refresh`.
+        """
+        ratio = self._global_ratio() if self._split_globally else None
+        dampings = [
+            damping + ridge[entry.variables[0]] for entry in self.entries
+        ]
+        return dampings, ratio
 
     def refresh_blocks(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -9,6 +11,9 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad.curvature import BlockDiagonal
+
+# Pause of the thread after a block, in times of what the block took.
+_REST = 3.0
 
 
 class Refreshed(NamedTuple):
@@ -47,6 +52,8 @@ class HostRefresh:
         self._threaded = threaded
         self._max_staleness = max_staleness
         self._executor: ThreadPoolExecutor | None = None
+        # Set while training waits for the thread, which then hurries.
+        self._awaited = threading.Event()
         self._running: Future[Refreshed] | None = None
         # Of the refresh under way: step and damping, and the count of
         # refreshes when it began.
@@ -81,6 +88,7 @@ class HostRefresh:
         """
         if self._running is None:
             return
+        self._awaited.set()
         result = self._running.result()
         self._running = None
         state = self._optimizer.state
@@ -104,6 +112,7 @@ class HostRefresh:
         self._asked_at = step
         self._refreshes = int(optimizer.state.count("refreshes"))
         if self._threaded:
+            self._awaited.clear()
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, "keras_natgrad_refresh")
             self._running = self._executor.submit(self._refresh, damping)
@@ -112,11 +121,22 @@ class HostRefresh:
         self._running.set_result(self._refresh(damping))
 
     def _refresh(self, damping: tf.Tensor) -> Refreshed:
+        host = self._host
+        retries = failures = 0
         with tf.device("CPU:0"):
-            retries, failures = self._host.refresh(
+            dampings, ratio = host.refresh_arguments(
                 damping, self._optimizer.ridge
             )
-        return Refreshed(int(retries), int(failures))
+            for entry, own in zip(host.entries, dampings, strict=True):
+                started = time.perf_counter()
+                more_retries, more_failures = entry.block.refresh(own, ratio)
+                retries += int(more_retries)
+                failures += int(more_failures)
+                if self._threaded and not self._awaited.is_set():
+                    # The steps that go on meanwhile want the same cores: a
+                    # pause after each block spreads the work over them.
+                    self._awaited.wait(_REST * (time.perf_counter() - started))
+        return Refreshed(retries, failures)
 
     def _pairs(self) -> list[tuple[Any, Any]]:
         own = self._optimizer.curvature.entries

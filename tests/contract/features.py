@@ -9,11 +9,13 @@ import csv
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import keras_natgrad as kng
 from tests.distribution.strategy import two_replicas
 from tests.training.networks import (
+    CLASSES,
     FEATURES,
     assert_close,
     assert_equal,
@@ -343,8 +345,29 @@ def tensorflow_checkpoint(make, folder):
     assert_equal(state(other), state(model))
 
 
+def orbax(make, folder):
+    """`OrbaxCheckpoint`, loaded and continued, where Orbax is installed"""
+    pytest.importorskip("orbax.checkpoint", reason="needs orbax-checkpoint")
+    # Not sequential: Keras finds what it saved by the paths of the variables,
+    # which loading changes there, for its own optimizers too.
+    inputs = keras.Input((FEATURES,))
+    hidden = keras.layers.Dense(5, "tanh")(inputs)
+    network = keras.Model(inputs, keras.layers.Dense(CLASSES)(hidden))
+    model = eager(make(), network)
+    store = keras.callbacks.OrbaxCheckpoint(
+        str(folder / "orbax"), save_on_background=False
+    )
+    model.fit(*data(), epochs=2, callbacks=[store], **FIT)
+    loaded = keras.saving.load_model(str(folder / "orbax"))
+    loaded.optimizer.attach(loaded)
+    loaded.run_eagerly = True
+    for each in (model, loaded):
+        each.fit(*data(), **FIT)
+    assert_equal(state(loaded), state(model))
+
+
 def state_tree(make, folder):
-    """`get_state_tree`, which Orbax saves: every variable has its own path"""
+    """`get_state_tree`: every variable has its own path"""
     model = eager(make())
     model.fit(*data(), **FIT)
     tree = model.get_state_tree()
@@ -551,6 +574,7 @@ FEATURES_IN_ORDER = {
         checkpoints,
         backup,
         tensorflow_checkpoint,
+        orbax,
         state_tree,
         export,
         clone,
