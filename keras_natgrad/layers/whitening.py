@@ -60,8 +60,7 @@ def input_moments(
     """Returns the moments of the inputs of every whitened layer.
 
     The model runs in inference mode; all positions at which a layer is applied
-    count as examples. The inputs of a convolution are its patches, which are
-    not formed.
+    count as examples. The inputs of a convolution are its patches.
 
     Args:
         model: A built model.
