@@ -151,6 +151,13 @@ def digits():
     return {"x": x, "y": y, "loss": loss}
 
 
+def digit_images():
+    """Images of one channel."""
+    names = digits()
+    names["x"] = names["x"].reshape(64, 8, 8, 1)
+    return names
+
+
 def tunable():
     """A function that builds models, and Keras Tuner."""
     keras_tuner = pytest.importorskip("keras_tuner")

@@ -117,6 +117,10 @@ DOCSTRINGS = {
     ),
     "layers.conversion.canonical": (setup.whitened, None),
     "layers.conversion.whitened": (setup.classifier, None),
+    "layers.whitened_conv.WhitenedConv2D": (
+        setup.digit_images,
+        setup.same_function,
+    ),
     "layers.whitened_dense.WhitenedDense": (
         setup.digits,
         setup.same_function,

@@ -15,14 +15,17 @@ from keras_natgrad.layers.whitening import (
 
 
 class Whiten(keras.callbacks.Callback):
-    """Whitens the inputs of `WhitenedDense` layers every so many steps.
+    """Whitens the inputs of layers every so many steps.
 
-    What the model computes stays the same. The momentum of
-    `keras.optimizers.SGD` is mapped to the new weights, in which it is the
-    same difference of canonical weights; other optimizers keep statistics
-    that belong to the old weights, and are refused.
+    The layers are `keras_natgrad.layers.WhitenedDense` and the whitened
+    convolutions, whose patches are whitened. What the model computes stays
+    the same. The momentum of `keras.optimizers.SGD` is mapped to the new
+    weights, in which it is the same difference of canonical weights; other
+    optimizers keep statistics that belong to the old weights, and are
+    refused.
 
-    A whitening costs one forward pass on `x`, and `n³` per layer of n inputs.
+    A whitening costs one forward pass on `x`, and `n³` per layer of n inputs
+    (kernel offsets × channels for a convolution).
 
     Args:
         x: Inputs of the model on which means and covariances are estimated,

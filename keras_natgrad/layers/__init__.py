@@ -1,6 +1,11 @@
 """Keras layers that train other weights than they compute with."""
 
 from keras_natgrad.layers.conversion import canonical, whitened
+from keras_natgrad.layers.whitened_conv import (
+    WhitenedConv1D,
+    WhitenedConv2D,
+    WhitenedConv3D,
+)
 from keras_natgrad.layers.whitened_dense import WhitenedDense
 from keras_natgrad.layers.whitening import (
     InputMoments,
@@ -10,6 +15,9 @@ from keras_natgrad.layers.whitening import (
 
 __all__ = [
     "InputMoments",
+    "WhitenedConv1D",
+    "WhitenedConv2D",
+    "WhitenedConv3D",
     "WhitenedDense",
     "canonical",
     "input_moments",

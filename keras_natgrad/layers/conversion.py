@@ -8,19 +8,33 @@ from typing import Any
 import keras
 
 from keras_natgrad._compat import flatten_layers
+from keras_natgrad.layers.whitened_conv import (
+    WhitenedConv1D,
+    WhitenedConv2D,
+    WhitenedConv3D,
+)
 from keras_natgrad.layers.whitened_dense import WhitenedDense
+from keras_natgrad.layers.whitened_layer import WhitenedLayer
+
+# The whitened form of each plain layer.
+_FORMS: dict[type[keras.layers.Layer], type[WhitenedLayer]] = {
+    form.plain_class: form
+    for form in (WhitenedDense, WhitenedConv1D, WhitenedConv2D, WhitenedConv3D)
+}
 
 
 def whitened(
     model: keras.Model, layers: Sequence[str] | None = None
 ) -> keras.Model:
-    """Returns a copy of a model with `WhitenedDense` for `Dense` layers.
+    """Returns a copy of a model whose layers have whitened inputs.
 
-    It computes the same, until it is trained.
+    `Dense`, `Conv1D`, `Conv2D` and `Conv3D` become `WhitenedDense`,
+    `WhitenedConv1D` and so on. It computes the same, until it is trained.
 
     Args:
         model: A built sequential or functional model.
-        layers: Names of the layers to replace. Defaults to all `Dense` ones.
+        layers: Names of the layers to replace. Defaults to all of these
+            classes.
 
     Returns:
         A new model, not compiled.
@@ -44,15 +58,22 @@ def whitened(
         )
 
     def replace(layer: Any) -> Any:
-        plain = type(layer) is keras.layers.Dense
-        wanted = plain if layers is None else layer.name in layers
-        return WhitenedDense.from_dense(layer) if wanted else None
+        form = _FORMS.get(type(layer))
+        if layers is not None and layer.name not in layers:
+            return None
+        if form is None and layers is not None:
+            names = ", ".join(plain.__name__ for plain in _FORMS)
+            raise ValueError(
+                f"Only layers of the classes {names} can be whitened. "
+                f"Received: layer {layer.name!r} of type {type(layer).__name__}"
+            )
+        return None if form is None else form.from_plain(layer)
 
     return _copy(model, replace)
 
 
 def canonical(model: keras.Model) -> keras.Model:
-    """Returns a copy of a model with `Dense` for `WhitenedDense` layers.
+    """Returns a copy of a model with Keras's layers for whitened ones.
 
     Args:
         model: A built sequential or functional model.
@@ -73,7 +94,7 @@ def canonical(model: keras.Model) -> keras.Model:
     return _copy(
         model,
         lambda layer: (
-            layer.to_dense() if isinstance(layer, WhitenedDense) else None
+            layer.to_plain() if isinstance(layer, WhitenedLayer) else None
         ),
     )
 
@@ -87,7 +108,7 @@ def _copy(
         if not isinstance(each, kinds) or not each.built:
             raise ValueError(
                 "Only built sequential and functional models can be copied; "
-                "write WhitenedDense into others. Received: "
+                "write whitened layers into others. Received: "
                 f"model={each.name!r} of type {type(each).__name__}, "
                 f"built={each.built}"
             )
@@ -101,11 +122,10 @@ def _copy(
     copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
     for old, new in _pairs(model, copy):
         weights = old.get_weights()
-        if isinstance(old, WhitenedDense) and not isinstance(
-            new, WhitenedDense
-        ):
+        before, after = (isinstance(each, WhitenedLayer) for each in (old, new))
+        if before and not after:
             weights = old.canonical_weights()
-        if isinstance(new, WhitenedDense) and type(old) is keras.layers.Dense:
+        if after and not before:
             new.set_canonical_weights(weights)
         else:
             new.set_weights(weights)

@@ -12,11 +12,18 @@ import tensorflow as tf
 
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture import Taps
-from keras_natgrad.layers.whitened_dense import WhitenedDense
+from keras_natgrad.layers.whitened_layer import (
+    WhitenedLayer,
+    float64,
+    matrix_of,
+)
+from keras_natgrad.linalg import Patches, Rows, StructuredRows, homogeneous
 
 
 class InputMoments(NamedTuple):
-    """Mean and covariance of a layer's inputs, in float64.
+    """Mean and covariance of the inputs of a layer's linear map, in float64.
+
+    n counts the rows of the layer's kernel, all axes but the last merged.
 
     Attributes:
         mean: `[n]`; zeros for a layer without a bias.
@@ -27,8 +34,8 @@ class InputMoments(NamedTuple):
     covariance: np.ndarray
 
 
-def whitened_layers(model: keras.Model) -> list[WhitenedDense]:
-    """Returns the `WhitenedDense` layers of a model.
+def whitened_layers(model: keras.Model) -> list[WhitenedLayer]:
+    """Returns the layers of a model that have whitened inputs.
 
     Raises:
         ValueError: If there are none.
@@ -36,13 +43,13 @@ def whitened_layers(model: keras.Model) -> list[WhitenedDense]:
     found = [
         layer
         for layer in flatten_layers(model)
-        if isinstance(layer, WhitenedDense)
+        if isinstance(layer, WhitenedLayer)
     ]
     if not found:
         raise ValueError(
             "There is nothing to whiten. Write `model = "
             "keras_natgrad.layers.whitened(model)` before `compile`. Received: "
-            f"model={model.name!r} without a WhitenedDense layer"
+            f"model={model.name!r} without a whitened layer"
         )
     return found
 
@@ -50,10 +57,10 @@ def whitened_layers(model: keras.Model) -> list[WhitenedDense]:
 def input_moments(
     model: keras.Model, x: Any, batch_size: int = 1024
 ) -> list[InputMoments]:
-    """Returns the moments of the inputs of every `WhitenedDense` layer.
+    """Returns the moments of the inputs of every whitened layer.
 
     The model runs in inference mode; all positions at which a layer is applied
-    count as examples.
+    count as examples. The inputs of a convolution are its patches.
 
     Args:
         model: A built model.
@@ -88,44 +95,63 @@ def input_moments(
 class _Sums:
     """Sums over a layer's inputs, about their first mean."""
 
-    def __init__(self, layer: WhitenedDense) -> None:
+    def __init__(self, layer: WhitenedLayer) -> None:
         self._layer = layer
         self._shift: Any = None
-        self._count = 0
-        self._first: Any = 0.0
-        self._second: Any = 0.0
+        self._moment: Any = 0.0
 
     def add(self, inputs: Any) -> None:
-        """Takes inputs of any rank."""
-        values = keras.ops.convert_to_numpy(inputs).astype(np.float64)
-        values = values.reshape(-1, values.shape[-1])
+        """Takes the inputs of one use of the layer."""
+        rows = self._layer.rows(tf.cast(inputs, tf.float64))
         if self._layer.bias is not None:
             if self._shift is None:
-                self._shift = values.mean(axis=0)
-            values = values - self._shift
-        self._count += len(values)
-        self._first = self._first + values.sum(axis=0)
-        self._second = self._second + values.T @ values
+                self._shift = _mean(rows)
+            rows = _shifted(rows, self._shift)
+        self._moment = self._moment + _second_moment(rows).numpy()
 
     def moments(self) -> InputMoments:
         """Returns mean and covariance of all that was added."""
-        if not self._count or not np.all(np.isfinite(self._second)):
-            reason = "is never applied" if not self._count else "has inputs"
+        applied = np.ndim(self._moment) > 0
+        if not applied or not np.all(np.isfinite(self._moment)):
+            reason = "has inputs" if applied else "is never applied"
             raise ValueError(
                 "Whitening needs finite inputs. Received: layer "
                 f"{self._layer.name!r}, which {reason}"
-                + (" that are not finite" if self._count else "")
+                + (" that are not finite" if applied else "")
             )
-        first, second = self._first / self._count, self._second / self._count
+        moment = self._moment / self._moment[-1, -1]
+        first, second = moment[-1, :-1], moment[:-1, :-1]
         if self._layer.bias is None:
             return InputMoments(np.zeros_like(first), second)
-        return InputMoments(
-            self._shift + first, second - np.outer(first, first)
-        )
+        shift = np.tile(self._shift, len(first) // len(self._shift))
+        return InputMoments(shift + first, second - np.outer(first, first))
+
+
+def _mean(rows: Rows) -> np.ndarray:
+    """Returns the mean of rows, of patches that of each channel."""
+    values: Any = rows.images if isinstance(rows, Patches) else rows
+    axes = list(range(values.shape.rank - 1))
+    return tf.reduce_mean(values, axis=axes).numpy()
+
+
+def _shifted(rows: Rows, shift: np.ndarray) -> Rows:
+    """Returns rows minus a mean, the zeros of the padding too."""
+    if isinstance(rows, Patches):
+        return Patches(rows.images - shift, rows.window)
+    return rows - shift
+
+
+def _second_moment(rows: Rows) -> tf.Tensor:
+    """Returns the sum of `h̄h̄ᵀ` of the homogeneous rows `h̄ = (h, 1)`."""
+    own = homogeneous(rows)
+    if isinstance(own, StructuredRows):
+        return own.second_moment()
+    flat = tf.reshape(own, [-1, own.shape[-1]])
+    return tf.matmul(flat, flat, transpose_a=True)
 
 
 def rewhiten(
-    layer: WhitenedDense,
+    layer: WhitenedLayer,
     moments: InputMoments,
     damping: float,
     relative_damping: bool = True,
@@ -142,8 +168,8 @@ def rewhiten(
     the layer computes changes by the rounding of V and d alone.
 
     Args:
-        layer: A built `WhitenedDense`.
-        moments: `InputMoments` of its inputs.
+        layer: A built layer of whitened inputs.
+        moments: `InputMoments` of its inputs or patches.
         damping: ε, non-negative.
         relative_damping: Whether ε counts in mean eigenvalues of Σ.
         velocities: Optimizer variables with the last step of V and of d.
@@ -160,20 +186,20 @@ def rewhiten(
             "The covariance of a layer's inputs is singular; give Whiten a "
             f"larger damping. Received: layer {layer.name!r}, damping={damping}"
         )
-    old = _array(layer.whitening), _array(layer.centre)
+    # The sign of an eigenvector is arbitrary, and would be that of V.
+    largest = np.argmax(np.abs(vectors), axis=0)
+    vectors = vectors * np.sign(vectors[largest, np.arange(len(values))])
+    old = float64(layer.whitening), float64(layer.centre)
     layer.whitening.assign(vectors / np.sqrt(damped))
     layer.centre.assign(moments.mean)
-    new = _array(layer.whitening), _array(layer.centre)
+    new = float64(layer.whitening), float64(layer.centre)
     factorised = scipy.linalg.lu_factor(new[0])
     for variables in ([layer.kernel, layer.bias], list(velocities)):
         if not variables:
             continue
-        kernel = old[0] @ _array(variables[0])
-        variables[0].assign(scipy.linalg.lu_solve(factorised, kernel))
+        kernel = old[0] @ matrix_of(variables[0])
+        inner = scipy.linalg.lu_solve(factorised, kernel)
+        variables[0].assign(inner.reshape(variables[0].shape))
         if layer.bias is not None:
-            bias = _array(variables[1]) + (new[1] - old[1]) @ kernel
+            bias = float64(variables[1]) + (new[1] - old[1]) @ kernel
             variables[1].assign(bias)
-
-
-def _array(variable: Any) -> np.ndarray:
-    return keras.ops.convert_to_numpy(variable).astype(np.float64)

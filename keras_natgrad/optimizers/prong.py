@@ -31,7 +31,8 @@ class PRONG(PreconditionedOptimizer):
         [ΔW Δb] = −α [∇W ∇b] [[Σ + εI + μμᵀ, μ], [μᵀ, 1]]⁻¹,
 
     K-FAC with `G = I`. This optimizer makes that step, without a change of
-    the model; `keras_natgrad.layers.WhitenedDense` has (V, d) for weights.
+    the model; `keras_natgrad.layers.WhitenedDense` and `WhitenedConv2D` have
+    (V, d) for weights.
 
     It costs no second backward pass: the statistics are those of the forward
     pass. The loss enters by its gradient only, so that every Keras loss will

@@ -182,7 +182,7 @@ def test_saved_file_holds_the_canonical_weights():
     rewhiten(layer, moments, 0.1)
     store = {}
     layer.save_own_variables(store)
-    plain = layer.to_dense()
+    plain = layer.to_plain()
     plain.build((None, 6))
     plain.set_weights([store["kernel"], store["bias"]])
     x = correlated()
@@ -260,10 +260,12 @@ def test_settings_that_act_on_the_weights(kwargs):
 
 def test_other_layers_are_named():
     model = keras.Sequential(
-        [keras.Input((8, 4)), layers.Conv1D(3, 2, name="convolution")]
+        [keras.Input((8, 4)), layers.LSTM(3, name="recurrent")]
     )
-    with pytest.raises(ValueError, match="'convolution' of type Conv1D"):
-        kng.layers.whitened(model, ["convolution"])
+    with pytest.raises(ValueError, match="'recurrent' of type LSTM"):
+        kng.layers.whitened(model, ["recurrent"])
+    with pytest.raises(ValueError, match="Dense only.*'recurrent'"):
+        WhitenedDense.from_plain(model.layers[0])
     with pytest.raises(ValueError, match="no layers of these names.*'no'"):
         kng.layers.whitened(model, ["no"])
 

@@ -18,6 +18,24 @@ def matrix_of(layer: keras.layers.Dense) -> Array:
     return np.concatenate([kernel, np.asarray(layer.bias, np.float64)[None]])
 
 
+def patches_of(layer: keras.layers.Layer, x: Array) -> Array:
+    """The inputs of every position of a convolution, `[positions, n]`.
+
+    A convolution whose kernel is the n × n identity copies them.
+
+    Args:
+        layer: A Conv1D, Conv2D or Conv3D, channels last.
+        x: Its inputs.
+    """
+    features = int(np.prod(layer.kernel_size)) * x.shape[-1]
+    config = layer.get_config()
+    config.update(filters=features, use_bias=False, activation=None)
+    copy = type(layer).from_config(config)
+    copy.build(x.shape)
+    copy.kernel.assign(np.eye(features).reshape(copy.kernel.shape))
+    return np.asarray(copy(x)).reshape(-1, features)
+
+
 def network_of(
     layers: Sequence[keras.layers.Layer],
     sources: dict[int, int] | None = None,
