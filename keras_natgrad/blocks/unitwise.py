@@ -18,6 +18,7 @@ from keras_natgrad.linalg import (
     kronecker_operator,
     scalar,
     to_dense,
+    transposed,
 )
 
 
@@ -109,6 +110,13 @@ class MetricBlock(Block):
         """Returns what `metric_of` needs of cotangents `[batch, columns]`.
 
         Moments of several columns of the loss factor may be summed.
+        """
+
+    @abc.abstractmethod
+    def moment_of(self, information: tf.Tensor) -> tf.Tensor:
+        """Returns the moment of an information V of `[batch, m, m]`.
+
+        It is what the moments of all columns of a root of V sum to.
         """
 
     @abc.abstractmethod
@@ -209,6 +217,10 @@ class UnitwiseBlock(MetricBlock):
         return tf.square(cotangents)
 
     @override
+    def moment_of(self, information: tf.Tensor) -> tf.Tensor:
+        return tf.linalg.diag_part(information)
+
+    @override
     def metric_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> tf.Tensor:
         if self.groups < self.shape.columns:
             shares = tf.constant(self._shares, moment.dtype)
@@ -241,11 +253,13 @@ class UnitwiseBlock(MetricBlock):
             return tf.matmul(inverse[0], gradient)
         rows, columns = self.shape.rows, self.shape.columns
         missing = self.groups * self.group_size - columns
-        units = tf.pad(tf.transpose(gradient), [[0, missing], [0, 0]])
+        units = transposed(gradient)
+        if missing:
+            units = tf.pad(units, [[0, missing], [0, 0]])
         units = tf.reshape(units, [self.groups, self.group_size, rows])
         # The inverses are symmetric: (P g)ᵀ = gᵀ P.
         solved = tf.reshape(tf.matmul(units, inverse), [-1, rows])
-        return tf.transpose(solved[:columns])
+        return transposed(solved[:columns] if missing else solved)
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
@@ -329,6 +343,10 @@ class CoupledBlock(MetricBlock):
     @override
     def moment(self, cotangents: tf.Tensor) -> tf.Tensor:
         return cotangents[:, :, tf.newaxis] * cotangents[:, tf.newaxis]
+
+    @override
+    def moment_of(self, information: tf.Tensor) -> tf.Tensor:
+        return information
 
     @override
     def metric_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> tf.Tensor:

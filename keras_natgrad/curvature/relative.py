@@ -163,6 +163,8 @@ class RelativeCurvature(BlockDiagonal):
         for index, source in enumerate(sources):
             if source.kind in ("inputs", "own"):
                 found[index] = self._own(captured, index, source, weights)
+            elif source.kind == "output" and _is_output(captured, index):
+                found[index] = _output_statistics(captured, index)
             else:
                 far.setdefault(id(source.layer), []).append(index)
         for members in far.values():
@@ -251,6 +253,42 @@ def _response_term(
     coefficients = tf.cast(own, z.dtype) * tf.ones_like(z[..., 0])
     response: Any = source.response
     return OutputTerm(z, response, tf.stop_gradient(coefficients))
+
+
+def _is_output(captured: CapturedPass, index: int) -> bool:
+    """Returns whether a layer's pre-activation is the network's output.
+
+    In a graph it can be seen whether nothing but identities lies between
+    the two; elsewhere the columns are sent back.
+    """
+    uses = captured.records[index].preactivations
+    if len(captured.terms) != 1 or len(uses) != 1 or tf.executing_eagerly():
+        return False
+    (use,) = uses
+    found = captured.terms[0].outputs
+    while found is not use and found.op.type == "Identity":
+        found = found.op.inputs[0]
+    columns = captured.captured[index].block.shape.columns
+    return found is use and use.shape.rank == 2 and use.shape[-1] == columns
+
+
+def _output_statistics(
+    captured: CapturedPass, index: int
+) -> tuple[tf.Tensor, ...]:
+    """Returns the metric of the layer that makes the output, `V = c F_η`.
+
+    The sum over the columns that `_far_statistics` would send back.
+    """
+    (term,) = captured.terms
+    block: Any = captured.captured[index].block
+    fisher = term.head.fisher(as_parameters(term.outputs))
+    coefficients = tf.cast(term.coefficients, fisher.dtype)
+    information = tf.cast(
+        tf.stop_gradient(coefficients[:, tf.newaxis, tf.newaxis] * fisher),
+        block.dtype,
+    )
+    inputs = to_dense(captured.inputs[index])[:, 0]
+    return (block.metric_of(inputs, block.moment_of(information)),)
 
 
 def _far_statistics(

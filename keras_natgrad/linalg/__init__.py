@@ -29,6 +29,7 @@ from keras_natgrad.linalg.rows import (
 )
 from keras_natgrad.linalg.scalars import scalar
 from keras_natgrad.linalg.signs import random_signs
+from keras_natgrad.linalg.transposition import transposed
 from keras_natgrad.linalg.windows import Window, padded
 
 __all__ = [
@@ -58,4 +59,5 @@ __all__ = [
     "take_examples",
     "to_dense",
     "trace_norm_ratio",
+    "transposed",
 ]

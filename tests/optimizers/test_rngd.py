@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 
 import keras_natgrad as kng
+from keras_natgrad.curvature import relative as curvature_relative
 from tests.reference import fisher, relative
 from tests.reference.bridge import dense_layers, matrix_of, network_of
 from tests.reference.heads import Term
 from tests.training.networks import (
     CLASSES,
     FEATURES,
+    assert_close,
     compiled,
     data,
     state,
@@ -207,6 +209,39 @@ def test_setting_of_the_authors(float64):
         model.train_on_batch(own_x, own_y)
         assert_same_weights(model, reference)
     assert optimizer.statistics["refreshes"] == 3
+
+
+def test_the_output_layer_needs_no_columns_in_a_graph(float64, monkeypatch):
+    """`V = c F_η` in a graph and under XLA, column by column eagerly."""
+    x, y = data()
+    weight = np.random.default_rng(2).uniform(size=len(x))
+    weight[3] = 0.0
+    sent_back, found = [], []
+    original = curvature_relative._far_statistics
+    monkeypatch.setattr(
+        curvature_relative,
+        "_far_statistics",
+        lambda *args: sent_back.append(args) or original(*args),
+    )
+    start = network("tanh", "linear")
+    for bound in (2**20, 100):  # Coupled, and a metric per unit.
+        for mode in ({}, {"run_eagerly": False}, {"jit_compile": True}):
+            keras.utils.set_random_seed(0)
+            model = keras.models.clone_model(start)
+            model.set_weights(start.get_weights())
+            mode = {"run_eagerly": "jit_compile" not in mode, **mode}
+            optimizer = kng.RNGD(
+                0.0625, relative_damping=0.1, max_metric_elements=bound
+            )
+            compiled(model, optimizer, **mode)
+            sent_back.clear()
+            for _ in range(3):
+                model.train_on_batch(x, y, sample_weight=weight)
+            assert bool(sent_back) == mode["run_eagerly"]
+            found.append(weights(model))
+        for other in found[1:]:
+            assert_close(other, found[0], rtol=1e-9)
+        found.clear()
 
 
 def test_full_horizon_is_the_exact_layerwise_natural_gradient(float64):
