@@ -14,8 +14,10 @@ from keras_natgrad.blocks import (
     Block,
     BlockShape,
     CoupledBlock,
+    EigenSharedBlock,
     IdentityBlock,
     MetricBlock,
+    UnitMetricBlock,
     UnitwiseBlock,
 )
 from keras_natgrad.capture import Plan, Taps
@@ -31,13 +33,17 @@ from keras_natgrad.curvature.sources import Source
 from keras_natgrad.heads.tensors import as_parameters
 from keras_natgrad.linalg import to_dense
 
+#: What units share whose metrics do not fit: the mean of a group, or the
+#: eigenvectors of the mean of all.
+SHARED_METRICS = ("groups", "eigen")
+
 
 @dataclass(frozen=True)
 class MetricSpec:
     """How one layer's metric is kept; plain data for a config.
 
     Attributes:
-        block: `"unitwise"` or `"coupled"`.
+        block: `"unitwise"`, `"coupled"` or `"eigen_shared"`.
         groups: Groups of units that share a metric, for unitwise blocks.
         response: What the metric is that of, in words.
     """
@@ -52,19 +58,24 @@ class MetricSpec:
 
 
 def plan_metrics(
-    plan: Plan, sources: Sequence[Source], max_elements: int
+    plan: Plan,
+    sources: Sequence[Source],
+    max_elements: int,
+    shared: str = "groups",
 ) -> list[MetricSpec]:
     """Chooses the block of every layer.
 
     Coupled units get one matrix for the layer, independent ones a matrix
     each, as long as these have at most `max_elements` elements. Where coupled
     units do not fit, their diagonal blocks are kept; where those do not fit
-    either, groups of units share the mean of their metrics.
+    either, groups of units share the mean of their metrics, or all units
+    share an eigenbasis.
 
     Args:
         plan: `Plan` of the network.
         sources: What the metric of every layer is made of.
         max_elements: Bound for one layer's metric.
+        shared: One of `SHARED_METRICS`.
     """
     specs = []
     for layer, source in zip(plan.layers, sources, strict=True):
@@ -76,6 +87,9 @@ def plan_metrics(
         groups = min(columns, max(1, max_elements // rows**2))
         if source.same_for_all_units:
             groups = 1
+        elif groups < columns and shared == "eigen":
+            specs.append(MetricSpec("eigen_shared", None, source.name))
+            continue
         specs.append(MetricSpec("unitwise", groups, source.name))
     return specs
 
@@ -130,6 +144,8 @@ class RelativeCurvature(BlockDiagonal):
         options: dict[str, Any] = {**self._options, "response": spec.response}
         if spec.block == "coupled":
             return CoupledBlock(shape, **options)
+        if spec.block == "eigen_shared":
+            return EigenSharedBlock(shape, **options)
         return UnitwiseBlock(shape, spec.groups, **options)
 
     # -- Statistics ------------------------------------------------------
@@ -190,7 +206,7 @@ class RelativeCurvature(BlockDiagonal):
         """Returns the metric of independent units, or of the inputs."""
         entry, inputs = captured.captured[index], captured.inputs[index]
         block, record = entry.block, captured.records[index]
-        assert isinstance(block, UnitwiseBlock)
+        assert isinstance(block, UnitMetricBlock)
         if source.response is not None:
             information = record.canonical_cotangents(
                 [
@@ -207,11 +223,10 @@ class RelativeCurvature(BlockDiagonal):
             )
         moment = tf.cast(weights, inputs.dtype)[:, tf.newaxis, tf.newaxis]
         # The positions of one example respond independently, like examples.
-        metric = block.metric_of(
+        return block.metrics_of(
             tf.reshape(inputs, [-1, block.shape.rows]),
             tf.reshape(moment * information, [-1, block.shape.columns]),
         )
-        return (metric,)
 
     # -- Curvature -------------------------------------------------------
 
@@ -288,7 +303,10 @@ def _output_statistics(
         block.dtype,
     )
     inputs = to_dense(captured.inputs[index])[:, 0]
-    return (block.metric_of(inputs, block.moment_of(information)),)
+    statistics: tuple[tf.Tensor, ...] = block.metrics_of(
+        inputs, block.moment_of(information)
+    )
+    return statistics
 
 
 def _far_statistics(
@@ -315,7 +333,7 @@ def _far_statistics(
         # Columns are summed to V before they meet the inputs.
         moments = summed(lambda block, a, g: block.moment(g[:, 0]))
         return [
-            (block.metric_of(a[:, 0], moment),)
+            block.metrics_of(a[:, 0], moment)
             for block, a, moment in zip(blocks, inputs, moments, strict=True)
         ]
 
