@@ -2,6 +2,7 @@
 
 from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalBlock
+from keras_natgrad.blocks.eigen_shared import EigenSharedBlock
 from keras_natgrad.blocks.fallback import (
     GradientBlock,
     GradientDiagonalBlock,
@@ -14,18 +15,16 @@ from keras_natgrad.blocks.gradient_kronecker import GradientKroneckerBlock
 from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock, WeightSharing
+from keras_natgrad.blocks.metric import MetricBlock, UnitMetricBlock
 from keras_natgrad.blocks.registry import check_kind, create, register_block
-from keras_natgrad.blocks.unitwise import (
-    CoupledBlock,
-    MetricBlock,
-    UnitwiseBlock,
-)
+from keras_natgrad.blocks.unitwise import CoupledBlock, UnitwiseBlock
 
 __all__ = [
     "Block",
     "BlockShape",
     "CoupledBlock",
     "DiagonalBlock",
+    "EigenSharedBlock",
     "FeatureScaledBlock",
     "FullBlock",
     "GradientBlock",
@@ -37,6 +36,7 @@ __all__ = [
     "KroneckerBlock",
     "MetricBlock",
     "PlainGradientBlock",
+    "UnitMetricBlock",
     "UnitwiseBlock",
     "WeightSharing",
     "check_kind",

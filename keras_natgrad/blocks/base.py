@@ -135,10 +135,12 @@ class Block(abc.ABC):
         self._averages.append(variable)
         return variable
 
-    def add_cache(self, name: str, shape: tuple[int, ...]) -> keras.Variable:
+    def add_cache(
+        self, name: str, shape: tuple[int, ...], initializer: str = "zeros"
+    ) -> keras.Variable:
         """Adds a variable computed by `refresh`."""
         assert self._add_variable is not None, "build() has not been called"
-        variable = self._add_variable(name, shape, "zeros")
+        variable = self._add_variable(name, shape, initializer)
         self._caches.append(variable)
         return variable
 

@@ -8,7 +8,12 @@ from typing_extensions import override
 from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.factors import DiagonalFactor, make_factor
 from keras_natgrad.blocks.kronecker import WeightSharing
-from keras_natgrad.linalg import Rows, kronecker_operator, to_dense
+from keras_natgrad.linalg import (
+    Rows,
+    append_row,
+    kronecker_operator,
+    to_dense,
+)
 
 
 class InputFactorBlock(Block):
@@ -182,7 +187,7 @@ class InputFactorBlock(Block):
         kernel = self._factor.apply_left(kernel - centre * bias)
         bias = self._centre.value[-1] * bias
         bias -= tf.matmul(centre, kernel, transpose_a=True)
-        return tf.concat([kernel, bias], axis=0)
+        return append_row(kernel, bias)
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:

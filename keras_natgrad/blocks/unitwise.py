@@ -2,159 +2,19 @@
 
 from __future__ import annotations
 
-import abc
 import functools
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
-from keras_natgrad.linalg import (
-    Rows,
-    damped_inverses,
-    kronecker_operator,
-    scalar,
-    to_dense,
-)
+from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.metric import MetricBlock, UnitMetricBlock
+from keras_natgrad.linalg import kronecker_operator, transposed
 
 
-class MetricBlock(Block):
-    """A block that averages and inverts k matrices `[n, n]` at once.
-
-    The damping of each matrix may follow its own scale,
-
-        (M_i + (λ + ρ tr M_i) I)⁻¹.
-
-    Where a matrix has no inverse, zero without damping, the last good one
-    stays; before the first there is none, and the gradient is not followed.
-
-    Args:
-        shape: `BlockShape`.
-        relative_damping: ρ.
-        identity_start: Whether the running average starts at the identity,
-            and keeps its share of it, rather than at the first batch.
-        response: What the metric is that of, for the summary.
-    """
-
-    def __init__(
-        self,
-        shape: BlockShape,
-        relative_damping: float = 0.0,
-        identity_start: bool = False,
-        response: str = "",
-    ) -> None:
-        super().__init__(shape)
-        self.relative_damping = relative_damping
-        self.identity_start = identity_start
-        self.response = response
-
-    @property
-    @abc.abstractmethod
-    def state_shape(self) -> tuple[int, int, int]:
-        """Shape `(k, n, n)` of the metric."""
-
-    @override
-    def build(self, add_variable: Any, add_sum: Any = None) -> None:
-        def add(name: str, shape: tuple[int, ...], initializer: Any) -> Any:
-            if self.identity_start and name == "weight":
-                initializer = "ones"
-            return add_variable(name, shape, initializer)
-
-        def add_metric(
-            name: str, shape: tuple[int, ...], initializer: Any
-        ) -> Any:
-            if self.identity_start:
-                initializer = _identities
-            return (add_sum or add_variable)(name, shape, initializer)
-
-        super().build(add, add_metric)
-
-    @override
-    def build_state(self) -> None:
-        self._metric = self.add_average("metric", self.state_shape)
-        self._inverse = self.add_cache("inverse", self.state_shape)
-
-    @override
-    @property
-    def memory(self) -> int:
-        return 2 * int(np.prod(self.state_shape))
-
-    @override
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return ()
-
-    @override
-    def cotangent_statistics(
-        self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        dense = to_dense(inputs)
-
-        def one_position() -> tf.Tensor:
-            moment = self.moment(cotangents[:, 0])
-            return self.metric_of(dense[:, 0], moment)
-
-        def several_positions() -> tf.Tensor:
-            return self.metric_of_gradients(contract_shared(dense, cotangents))
-
-        single = tf.equal(tf.shape(dense)[1], 1)
-        return (tf.cond(single, one_position, several_positions),)
-
-    @abc.abstractmethod
-    def moment(self, cotangents: tf.Tensor) -> tf.Tensor:
-        """Returns what `metric_of` needs of cotangents `[batch, columns]`.
-
-        Moments of several columns of the loss factor may be summed.
-        """
-
-    @abc.abstractmethod
-    def metric_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> tf.Tensor:
-        """Returns the metric of inputs `[batch, rows]` and their moments."""
-
-    @abc.abstractmethod
-    def metric_of_gradients(self, gradients: tf.Tensor) -> tf.Tensor:
-        """Returns the metric of `[batch, rows, columns]` gradients."""
-
-    @override
-    def refresh(
-        self, damping: tf.Tensor, ratio: tf.Tensor | None = None
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        (metric,) = self.averages()
-        relative = scalar(self.relative_damping, metric.dtype)
-        dampings = tf.cast(damping, metric.dtype) + relative * tf.linalg.trace(
-            metric
-        )
-        result = damped_inverses(metric, dampings)
-        self._inverse.assign(
-            tf.where(
-                result.succeeded[:, tf.newaxis, tf.newaxis],
-                result.inverses,
-                self._inverse.value,
-            )
-        )
-        failures = tf.reduce_sum(tf.cast(~result.succeeded, tf.int32))
-        return result.retries, failures
-
-    @override
-    @property
-    def spectrum_side(self) -> int:
-        return self.state_shape[-1]
-
-    @override
-    def describe(self) -> str:
-        parts = [self.response] if self.response else []
-        return ", ".join([*parts, self.describe_state()])
-
-    @abc.abstractmethod
-    def describe_state(self) -> str:
-        """Says what is stored."""
-
-
-class UnitwiseBlock(MetricBlock):
+class UnitwiseBlock(UnitMetricBlock):
     """One metric per output unit, `M_j = Σ_n (Σ_s ā_s g_sj)(Σ_s ā_s g_sj)ᵀ`.
 
     It is the exact Fisher of a layer whose units respond independently, and
@@ -205,11 +65,9 @@ class UnitwiseBlock(MetricBlock):
         return members / members.sum(axis=0)
 
     @override
-    def moment(self, cotangents: tf.Tensor) -> tf.Tensor:
-        return tf.square(cotangents)
-
-    @override
-    def metric_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> tf.Tensor:
+    def metrics_of(
+        self, inputs: tf.Tensor, moment: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         if self.groups < self.shape.columns:
             shares = tf.constant(self._shares, moment.dtype)
             moment = tf.matmul(moment, shares)
@@ -218,16 +76,18 @@ class UnitwiseBlock(MetricBlock):
         scaled = moment[:, :, tf.newaxis] * inputs[:, tf.newaxis]
         scaled = tf.reshape(scaled, [-1, self.groups * rows])
         product = tf.matmul(scaled, inputs, transpose_a=True)
-        return tf.reshape(product, self.state_shape)
+        return (tf.reshape(product, self.state_shape),)
 
     @override
-    def metric_of_gradients(self, gradients: tf.Tensor) -> tf.Tensor:
+    def metrics_of_gradients(
+        self, gradients: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         by_unit = tf.transpose(gradients, [2, 0, 1])
         metrics = tf.matmul(by_unit, by_unit, transpose_a=True)
         if self.groups == self.shape.columns:
-            return metrics
+            return (metrics,)
         shares = tf.constant(self._shares, gradients.dtype)
-        return tf.einsum("jab,jk->kab", metrics, shares)
+        return (tf.einsum("jab,jk->kab", metrics, shares),)
 
     @override
     def trace(self) -> tf.Tensor:
@@ -241,11 +101,13 @@ class UnitwiseBlock(MetricBlock):
             return tf.matmul(inverse[0], gradient)
         rows, columns = self.shape.rows, self.shape.columns
         missing = self.groups * self.group_size - columns
-        units = tf.pad(tf.transpose(gradient), [[0, missing], [0, 0]])
+        units = transposed(gradient)
+        if missing:
+            units = tf.pad(units, [[0, missing], [0, 0]])
         units = tf.reshape(units, [self.groups, self.group_size, rows])
         # The inverses are symmetric: (P g)ᵀ = gᵀ P.
         solved = tf.reshape(tf.matmul(units, inverse), [-1, rows])
-        return tf.transpose(solved[:columns])
+        return transposed(solved[:columns] if missing else solved)
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
@@ -331,7 +193,13 @@ class CoupledBlock(MetricBlock):
         return cotangents[:, :, tf.newaxis] * cotangents[:, tf.newaxis]
 
     @override
-    def metric_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> tf.Tensor:
+    def moment_of(self, information: tf.Tensor) -> tf.Tensor:
+        return information
+
+    @override
+    def metrics_of(
+        self, inputs: tf.Tensor, moment: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         n, m = self.shape.rows, self.shape.columns
         moment = tf.reshape(moment, [-1, m * m])
         if n <= m * m:  # The smaller one of two intermediate results.
@@ -346,12 +214,14 @@ class CoupledBlock(MetricBlock):
             product = tf.matmul(scaled, inputs, transpose_a=True)
             blocks = tf.reshape(product, [m, m, n, n])
             ordered = tf.transpose(blocks, [2, 0, 3, 1])
-        return tf.reshape(ordered, self.state_shape)
+        return (tf.reshape(ordered, self.state_shape),)
 
     @override
-    def metric_of_gradients(self, gradients: tf.Tensor) -> tf.Tensor:
+    def metrics_of_gradients(
+        self, gradients: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         flat = tf.reshape(gradients, [-1, self.shape.size])
-        return tf.matmul(flat, flat, transpose_a=True)[tf.newaxis]
+        return (tf.matmul(flat, flat, transpose_a=True)[tf.newaxis],)
 
     @override
     def trace(self) -> tf.Tensor:
@@ -380,8 +250,3 @@ class CoupledBlock(MetricBlock):
     @override
     def describe_state(self) -> str:
         return f"{self.shape.size}² for the layer"
-
-
-def _identities(shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
-    dtype = keras.backend.standardize_dtype(dtype)
-    return tf.eye(shape[-1], batch_shape=list(shape[:-2]), dtype=dtype)

@@ -9,6 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_natgrad.linalg import append_row
+
 
 @dataclass(frozen=True)
 class ParameterLayout:
@@ -68,7 +70,7 @@ class ParameterLayout:
         if self.bias_shape is None:
             return matrix
         bias = tf.reshape(tensors[1], [*self.lead, 1, self.outputs])
-        return tf.concat([matrix, bias], axis=-2)
+        return append_row(matrix, bias)
 
     def from_matrix(self, matrix: tf.Tensor) -> list[tf.Tensor]:
         """Returns (kernel[, bias]) from a matrix of `to_matrix`."""

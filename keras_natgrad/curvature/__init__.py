@@ -10,6 +10,7 @@ from keras_natgrad.curvature.entry import BlockOptions, Entry
 from keras_natgrad.curvature.estimator import BlockDiagonal, sum_over
 from keras_natgrad.curvature.products import estimated_gram, fisher_gram
 from keras_natgrad.curvature.relative import (
+    SHARED_METRICS,
     MetricSpec,
     RelativeCurvature,
     plan_metrics,
@@ -19,6 +20,7 @@ from keras_natgrad.curvature.sources import HorizonOptions, find_sources
 
 __all__ = [
     "FISHER_KINDS",
+    "SHARED_METRICS",
     "Backward",
     "BlockDiagonal",
     "BlockOptions",

@@ -14,8 +14,10 @@ from keras_natgrad.blocks import (
     Block,
     BlockShape,
     CoupledBlock,
+    EigenSharedBlock,
     IdentityBlock,
     MetricBlock,
+    UnitMetricBlock,
     UnitwiseBlock,
 )
 from keras_natgrad.capture import Plan, Taps
@@ -31,13 +33,17 @@ from keras_natgrad.curvature.sources import Source
 from keras_natgrad.heads.tensors import as_parameters
 from keras_natgrad.linalg import to_dense
 
+#: What units share whose metrics do not fit: the mean of a group, or the
+#: eigenvectors of the mean of all.
+SHARED_METRICS = ("groups", "eigen")
+
 
 @dataclass(frozen=True)
 class MetricSpec:
     """How one layer's metric is kept; plain data for a config.
 
     Attributes:
-        block: `"unitwise"` or `"coupled"`.
+        block: `"unitwise"`, `"coupled"` or `"eigen_shared"`.
         groups: Groups of units that share a metric, for unitwise blocks.
         response: What the metric is that of, in words.
     """
@@ -52,19 +58,24 @@ class MetricSpec:
 
 
 def plan_metrics(
-    plan: Plan, sources: Sequence[Source], max_elements: int
+    plan: Plan,
+    sources: Sequence[Source],
+    max_elements: int,
+    shared: str = "groups",
 ) -> list[MetricSpec]:
     """Chooses the block of every layer.
 
     Coupled units get one matrix for the layer, independent ones a matrix
     each, as long as these have at most `max_elements` elements. Where coupled
     units do not fit, their diagonal blocks are kept; where those do not fit
-    either, groups of units share the mean of their metrics.
+    either, groups of units share the mean of their metrics, or all units
+    share an eigenbasis.
 
     Args:
         plan: `Plan` of the network.
         sources: What the metric of every layer is made of.
         max_elements: Bound for one layer's metric.
+        shared: One of `SHARED_METRICS`.
     """
     specs = []
     for layer, source in zip(plan.layers, sources, strict=True):
@@ -76,6 +87,9 @@ def plan_metrics(
         groups = min(columns, max(1, max_elements // rows**2))
         if source.same_for_all_units:
             groups = 1
+        elif groups < columns and shared == "eigen":
+            specs.append(MetricSpec("eigen_shared", None, source.name))
+            continue
         specs.append(MetricSpec("unitwise", groups, source.name))
     return specs
 
@@ -130,6 +144,8 @@ class RelativeCurvature(BlockDiagonal):
         options: dict[str, Any] = {**self._options, "response": spec.response}
         if spec.block == "coupled":
             return CoupledBlock(shape, **options)
+        if spec.block == "eigen_shared":
+            return EigenSharedBlock(shape, **options)
         return UnitwiseBlock(shape, spec.groups, **options)
 
     # -- Statistics ------------------------------------------------------
@@ -163,6 +179,8 @@ class RelativeCurvature(BlockDiagonal):
         for index, source in enumerate(sources):
             if source.kind in ("inputs", "own"):
                 found[index] = self._own(captured, index, source, weights)
+            elif source.kind == "output" and _is_output(captured, index):
+                found[index] = _output_statistics(captured, index)
             else:
                 far.setdefault(id(source.layer), []).append(index)
         for members in far.values():
@@ -188,7 +206,7 @@ class RelativeCurvature(BlockDiagonal):
         """Returns the metric of independent units, or of the inputs."""
         entry, inputs = captured.captured[index], captured.inputs[index]
         block, record = entry.block, captured.records[index]
-        assert isinstance(block, UnitwiseBlock)
+        assert isinstance(block, UnitMetricBlock)
         if source.response is not None:
             information = record.canonical_cotangents(
                 [
@@ -205,11 +223,10 @@ class RelativeCurvature(BlockDiagonal):
             )
         moment = tf.cast(weights, inputs.dtype)[:, tf.newaxis, tf.newaxis]
         # The positions of one example respond independently, like examples.
-        metric = block.metric_of(
+        return block.metrics_of(
             tf.reshape(inputs, [-1, block.shape.rows]),
             tf.reshape(moment * information, [-1, block.shape.columns]),
         )
-        return (metric,)
 
     # -- Curvature -------------------------------------------------------
 
@@ -253,6 +270,45 @@ def _response_term(
     return OutputTerm(z, response, tf.stop_gradient(coefficients))
 
 
+def _is_output(captured: CapturedPass, index: int) -> bool:
+    """Returns whether a layer's pre-activation is the network's output.
+
+    In a graph it can be seen whether nothing but identities lies between
+    the two; elsewhere the columns are sent back.
+    """
+    uses = captured.records[index].preactivations
+    if len(captured.terms) != 1 or len(uses) != 1 or tf.executing_eagerly():
+        return False
+    (use,) = uses
+    found = captured.terms[0].outputs
+    while found is not use and found.op.type == "Identity":
+        found = found.op.inputs[0]
+    columns = captured.captured[index].block.shape.columns
+    return found is use and use.shape.rank == 2 and use.shape[-1] == columns
+
+
+def _output_statistics(
+    captured: CapturedPass, index: int
+) -> tuple[tf.Tensor, ...]:
+    """Returns the metric of the layer that makes the output, `V = c F_η`.
+
+    The sum over the columns that `_far_statistics` would send back.
+    """
+    (term,) = captured.terms
+    block: Any = captured.captured[index].block
+    fisher = term.head.fisher(as_parameters(term.outputs))
+    coefficients = tf.cast(term.coefficients, fisher.dtype)
+    information = tf.cast(
+        tf.stop_gradient(coefficients[:, tf.newaxis, tf.newaxis] * fisher),
+        block.dtype,
+    )
+    inputs = to_dense(captured.inputs[index])[:, 0]
+    statistics: tuple[tf.Tensor, ...] = block.metrics_of(
+        inputs, block.moment_of(information)
+    )
+    return statistics
+
+
 def _far_statistics(
     captured: CapturedPass,
     terms: Sequence[OutputTerm],
@@ -277,7 +333,7 @@ def _far_statistics(
         # Columns are summed to V before they meet the inputs.
         moments = summed(lambda block, a, g: block.moment(g[:, 0]))
         return [
-            (block.metric_of(a[:, 0], moment),)
+            block.metrics_of(a[:, 0], moment)
             for block, a, moment in zip(blocks, inputs, moments, strict=True)
         ]
 

@@ -29,6 +29,7 @@ from keras_natgrad.linalg.rows import (
 )
 from keras_natgrad.linalg.scalars import scalar
 from keras_natgrad.linalg.signs import random_signs
+from keras_natgrad.linalg.small import append_row, transposed
 from keras_natgrad.linalg.windows import Window, padded
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Rows",
     "StructuredRows",
     "Window",
+    "append_row",
     "block_diagonal",
     "damped_inverse",
     "damped_inverses",
@@ -58,4 +60,5 @@ __all__ = [
     "take_examples",
     "to_dense",
     "trace_norm_ratio",
+    "transposed",
 ]

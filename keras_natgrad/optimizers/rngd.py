@@ -12,6 +12,7 @@ from typing_extensions import override
 from keras_natgrad import _compat, distribution
 from keras_natgrad.capture import Plan, match_layers
 from keras_natgrad.curvature import (
+    SHARED_METRICS,
     BlockDiagonal,
     HorizonOptions,
     MetricSpec,
@@ -84,9 +85,11 @@ class RNGD(PreconditionedOptimizer):
             `"bernoulli"`, `"poisson"`, or `None` to refuse them. Defaults to
             `"gaussian"`.
         max_metric_elements: Bound for the metric of one layer. Above it,
-            coupled units keep their own blocks only, and above that groups
-            of units share the mean of theirs; see `summary()`. Defaults to
-            `2**20`.
+            coupled units keep their own blocks only, and above that units
+            share what `shared` says; see `summary()`. Defaults to `2**20`.
+        shared: `"groups"`: groups of units share the mean of their metrics.
+            `"eigen"`: all units of the layer share its eigenvectors, and
+            each has eigenvalues of its own. Defaults to `"groups"`.
         momentum: μ of `δ = −α M⁻¹∇ + μ δ₋₁`, in [0, 1). Defaults to `0.0`.
         log_statistics: Whether `fit` logs `statistics` beside the metrics.
         name: Name of the optimizer.
@@ -138,6 +141,7 @@ class RNGD(PreconditionedOptimizer):
         noise_scale: float = 1.0,
         other_response: str | None = "gaussian",
         max_metric_elements: int = 2**20,
+        shared: str = "groups",
         momentum: float = 0.0,
         log_statistics: bool = False,
         name: str = "rngd",
@@ -161,6 +165,12 @@ class RNGD(PreconditionedOptimizer):
         self.identity_start = bool(identity_start)
         check_positive("max_metric_elements", max_metric_elements)
         self.max_metric_elements = max_metric_elements
+        if shared not in SHARED_METRICS:
+            raise ValueError(
+                f"`shared` must be one of {SHARED_METRICS}. "
+                f"Received: shared={shared!r}"
+            )
+        self.shared = shared
         momentum = check_fraction("momentum", momentum)
         self._hide("length", StepLength(False, momentum))
         self.log_statistics = log_statistics
@@ -195,7 +205,10 @@ class RNGD(PreconditionedOptimizer):
     ) -> BlockDiagonal:
         if self._model_reference is not None:
             specs = plan_metrics(
-                plan, self._find_sources(), self.max_metric_elements
+                plan,
+                self._find_sources(),
+                self.max_metric_elements,
+                self.shared,
             )
             self._hide("_specs", specs)
         return RelativeCurvature(
@@ -313,6 +326,7 @@ class RNGD(PreconditionedOptimizer):
             noise_scale=options.responses.noise_scale,
             other_response=options.responses.other_response,
             max_metric_elements=self.max_metric_elements,
+            shared=self.shared,
             momentum=self.length.momentum,
             log_statistics=self.log_statistics,
         )

@@ -96,7 +96,7 @@ def test_coupled_sums_columns_before_the_inputs(rows, columns, build_block):
     several = rng.normal(size=(4, BATCH, columns))
     block = build_block(CoupledBlock(BlockShape(rows, columns)))
     moment = tf.add_n([block.moment(tf.constant(g)) for g in several])
-    block.accumulate((block.metric_of(inputs, moment),), 0.0)
+    block.accumulate(block.metrics_of(inputs, moment), 0.0)
     gradients = np.einsum("na,enj->enaj", inputs, several)
     flat = gradients.reshape(-1, rows * columns)
     np.testing.assert_allclose(block.to_dense(), flat.T @ flat, rtol=1e-12)

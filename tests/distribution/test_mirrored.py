@@ -72,6 +72,21 @@ def test_halves_of_unequal_weight(name, mirrored_strategy):
     assert_close(weights(two), weights(one), 1e-5, 1e-5)
 
 
+def test_a_shared_eigenbasis(float64, mirrored_strategy):
+    """A refresh turns the sums of both replicas into the new basis."""
+
+    def make():
+        return kng.RNGD(
+            0.05, relative_damping=0.1, max_metric_elements=30, shared="eigen"
+        )
+
+    one = train(make, 3)
+    with mirrored_strategy.scope():
+        two = train(make, 3)
+    assert one.optimizer.statistics["refreshes"] > 5
+    assert_close(weights(two), weights(one), 1e-8, 1e-8)
+
+
 def test_default_arguments_learn(mirrored_strategy):
     x, y = data(96)
     with mirrored_strategy.scope():

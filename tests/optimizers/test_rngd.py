@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 
 import keras_natgrad as kng
+from keras_natgrad.curvature import relative as curvature_relative
 from tests.reference import fisher, relative
 from tests.reference.bridge import dense_layers, matrix_of, network_of
 from tests.reference.heads import Term
 from tests.training.networks import (
     CLASSES,
     FEATURES,
+    assert_close,
+    assert_equal,
     compiled,
     data,
     state,
@@ -91,6 +94,13 @@ class Reference:
                 term = Term("categorical", np.full((len(x), 1), 1 / len(x)))
                 found.append(fisher.block(trace, [term], index)[np.newaxis])
                 continue
+            elif kind == "diagonal":
+                term = Term("categorical", np.full((len(x), 1), 1 / len(x)))
+                block = fisher.block(trace, [term], index)
+                columns = self.matrices[index].shape[1]
+                rows = inputs.shape[1]
+                found.append(relative.unit_blocks(block, rows, columns))
+                continue
             else:
                 nu = relative.INFORMATION[kind](inputs @ self.matrices[index])
             found.append(
@@ -138,12 +148,12 @@ class Reference:
             self.matrices[index] = self.matrices[index] - rate * solved
 
 
-def assert_same_weights(model, reference):
+def assert_same_weights(model, reference, rtol=1e-9, atol=1e-11):
     for layer, matrix in zip(
         dense_layers(model), reference.matrices, strict=True
     ):
         np.testing.assert_allclose(
-            matrix_of(layer), matrix, rtol=1e-9, atol=1e-11
+            matrix_of(layer), matrix, rtol=rtol, atol=atol
         )
 
 
@@ -179,6 +189,107 @@ def test_steps_equal_dense_solves(activation, float64):
     assert optimizer.statistics["failures"] == 0
 
 
+class EigenReference(Reference):
+    """The same with one eigenbasis for the units of a layer.
+
+    `averages` has pairs: the mean metric, and a row of diagonals per unit.
+    """
+
+    def update(self, x):
+        new = self.metrics(x)
+        if self.averages is None:
+            eyes = [np.eye(each.shape[-1]) for each in new]
+            self.bases = eyes
+            self.averages = [
+                (np.zeros_like(each[0]), np.zeros(each.shape[:2]))
+                for each in new
+            ]
+        rest = 1 - self.decay
+        self.averages = [
+            (
+                self.decay * mean + rest * metric.mean(axis=0),
+                self.decay * rows
+                + rest * np.einsum("ba,jbc,ca->ja", basis, metric, basis),
+            )
+            for (mean, rows), metric, basis in zip(
+                self.averages, new, self.bases, strict=True
+            )
+        ]
+        self.weight = self.decay * self.weight + rest
+
+    def refresh(self):
+        self.inverse = []
+        for index, (mean, rows) in enumerate(self.averages):
+            values, basis = np.linalg.eigh(mean)
+            rows = rows @ np.square(basis.T @ self.bases[index]).T
+            rows *= np.maximum(values, 0.0) / rows.mean(axis=0)
+            self.bases[index], self.averages[index] = basis, (mean, rows)
+            rows = rows / self.weight
+            damped = rows + self.relative * rows.sum(axis=1, keepdims=True)
+            self.inverse.append(
+                np.einsum("ba,ja,ca->jbc", basis, 1 / damped, basis)
+            )
+
+
+@pytest.mark.parametrize(
+    "mode", ["eager", "graph", pytest.param("xla", marks=pytest.mark.slow)]
+)
+def test_steps_with_a_shared_eigenbasis(mode, float64):
+    """Every layer above the bound; the diagonals follow the basis."""
+    x, y = data()
+    optimizer = kng.RNGD(
+        0.0625,
+        relative_damping=1e-2,
+        metric_decay=0.9,
+        metric_update_period=2,
+        inverse_update_period=3,
+        refresh_growth=None,
+        max_metric_elements=30,
+        shared="eigen",
+    )
+    model = compiled(
+        network("tanh", "relu", "linear"),
+        optimizer,
+        run_eagerly=mode == "eager",
+        jit_compile=mode == "xla",
+    )
+    reference = EigenReference(
+        model, ["tanh", "relu", "diagonal"], 0.9, False, 1e-2
+    )
+    # XLA iterates for eigenvectors, to about six digits; others to rounding.
+    rtol = 1e-5 if mode == "xla" else 1e-9
+    for step, (own_x, own_y) in enumerate(batches(x, y, 7)):
+        gradients = reference.gradients(own_x, own_y)
+        if step and step % 3 == 0:
+            reference.refresh()
+        if step % 2 == 0:
+            reference.update(own_x)
+        if step == 0:
+            reference.refresh()
+        reference.move(gradients, 0.0625)
+        model.train_on_batch(own_x, own_y)
+        assert_same_weights(model, reference, rtol, rtol / 100)
+    lines = []
+    optimizer.summary(print_fn=lines.append)
+    assert "tanh, 5² basis for" in lines[0]
+
+
+def test_shared_eigenbasis_is_saved_and_continues(tmp_path):
+    x, y = data()
+    options = dict(max_metric_elements=30, shared="eigen")
+    model = compiled(network("tanh", "linear"), kng.RNGD(0.1, **options))
+    model.fit(x, y, **FIT)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded.optimizer.attach(loaded)
+    kinds = [spec["block"] for spec in loaded.optimizer.get_config()["metrics"]]
+    assert kinds == ["eigen_shared"] * 2
+    for each in (model, loaded):
+        each.compile(each.optimizer, each.loss, run_eagerly=True)
+        each.fit(x, y, epochs=2, **FIT)
+    assert_equal(state(loaded), state(model))
+
+
 def test_setting_of_the_authors(float64):
     """First inverse of the identity; the ends with their inputs' moment.
 
@@ -207,6 +318,48 @@ def test_setting_of_the_authors(float64):
         model.train_on_batch(own_x, own_y)
         assert_same_weights(model, reference)
     assert optimizer.statistics["refreshes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("bound", "mode"),
+    [
+        (2**20, {"run_eagerly": False}),  # All units coupled.
+        (100, {"run_eagerly": False}),  # A metric per unit.
+        pytest.param(
+            2**20,
+            {"run_eagerly": False, "jit_compile": True},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_output_layer_needs_no_columns_in_a_graph(
+    bound, mode, float64, monkeypatch
+):
+    """`V = c F_η` in a graph and under XLA, column by column eagerly."""
+    x, y = data()
+    weight = np.random.default_rng(2).uniform(size=len(x))
+    weight[3] = 0.0
+    sent_back, found = [], []
+    original = curvature_relative._far_statistics
+    monkeypatch.setattr(
+        curvature_relative,
+        "_far_statistics",
+        lambda *args: sent_back.append(args) or original(*args),
+    )
+    start = network("tanh", "linear")
+    for options in ({"run_eagerly": True}, mode):
+        model = keras.models.clone_model(start)
+        model.set_weights(start.get_weights())
+        optimizer = kng.RNGD(
+            0.0625, relative_damping=0.1, max_metric_elements=bound
+        )
+        compiled(model, optimizer, **options)
+        sent_back.clear()
+        for _ in range(3):
+            model.train_on_batch(x, y, sample_weight=weight)
+        assert bool(sent_back) == options["run_eagerly"]
+        found.append(weights(model))
+    assert_close(found[1], found[0], rtol=1e-9)
 
 
 def test_full_horizon_is_the_exact_layerwise_natural_gradient(float64):
@@ -309,6 +462,7 @@ BAD = {
     "noise_scale": [-1.0],
     "other_response": ["normal"],
     "max_metric_elements": [0],
+    "shared": ["mean", None],
     "momentum": [1.0, "auto"],
 }
 
