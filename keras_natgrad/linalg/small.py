@@ -24,6 +24,7 @@ def transposed(matrix: tf.Tensor) -> tf.Tensor:
     Args:
         matrix: Tensor `[n, m]`.
     """
+    matrix = tf.convert_to_tensor(matrix)
     sides = matrix.shape.as_list()
     small = None not in sides and min(sides) ** 2 * max(sides) <= _SMALL
     if not small or _has_accelerator():

@@ -43,7 +43,8 @@ class PRONG(PreconditionedOptimizer):
     Args:
         learning_rate: α: a float, a
             `keras.optimizers.schedules.LearningRateSchedule` or a callable.
-            Defaults to `0.3`.
+            Defaults to `0.03`. It is in the unit of the loss, as for gradient
+            descent: tune it.
         momentum: μ in `δ = −α Δ + μ δ₋₁`, in [0, 1). Defaults to `0.0`.
         damping: ε: a non-negative float or a schedule of the iteration. No
             direction is magnified more than 1/ε times. Defaults to `0.1`.
@@ -86,7 +87,7 @@ class PRONG(PreconditionedOptimizer):
 
     def __init__(
         self,
-        learning_rate: Any = 0.3,
+        learning_rate: Any = 0.03,
         momentum: float = 0.0,
         damping: Any = 0.1,
         relative_damping: bool = True,

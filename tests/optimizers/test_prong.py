@@ -231,7 +231,7 @@ def test_any_loss_without_a_warning(recwarn):
 def test_custom_loop_needs_no_head():
     x, y = data()
     model = mlp([4, 3, 3])
-    optimizer = kng.PRONG().attach(model)
+    optimizer = kng.PRONG(0.3).attach(model)
     losses = []
     for _ in range(10):
         with kng.CurvatureTape(optimizer) as tape:
