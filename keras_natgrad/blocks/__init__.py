@@ -15,6 +15,7 @@ from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock, WeightSharing
 from keras_natgrad.blocks.registry import check_kind, create, register_block
+from keras_natgrad.blocks.tied import TiedBlock
 from keras_natgrad.blocks.unitwise import (
     CoupledBlock,
     MetricBlock,
@@ -37,6 +38,7 @@ __all__ = [
     "KroneckerBlock",
     "MetricBlock",
     "PlainGradientBlock",
+    "TiedBlock",
     "UnitwiseBlock",
     "WeightSharing",
     "check_kind",

@@ -11,9 +11,10 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
+from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.linalg import (
     Rows,
+    contract_rows,
     damped_inverses,
     kronecker_operator,
     scalar,
@@ -99,7 +100,7 @@ class MetricBlock(Block):
             return self.metric_of(dense[:, 0], moment)
 
         def several_positions() -> tf.Tensor:
-            return self.metric_of_gradients(contract_shared(dense, cotangents))
+            return self.metric_of_gradients(contract_rows(dense, cotangents))
 
         single = tf.equal(tf.shape(dense)[1], 1)
         return (tf.cond(single, one_position, several_positions),)
