@@ -159,8 +159,9 @@ class LayerRecord:
             batch: Number of examples.
         """
         spec = self.spec
+        # The gradient of a product may have lost its static shape.
         sent = [
-            tf.zeros_like(z) if g is None else g
+            tf.zeros_like(z) if g is None else tf.ensure_shape(g, z.shape)
             for g, z in zip(cotangents, self.preactivations, strict=True)
         ]
         if spec.transposed is None:

@@ -129,6 +129,18 @@ def test_eager_graph_and_xla_agree(task, float64):
     assert losses[0][-1] < losses[0][0]
 
 
+def test_last_batch_is_smaller(float64):
+    """A graph that does not know the batch size equals eager steps."""
+    x, y = next_tokens(20)
+    trained = [
+        compiled(model, run_eagerly=eager)
+        for model, eager in zip(models(language, 2), (True, False), strict=True)
+    ]
+    for model in trained:
+        model.fit(x, y, epochs=2, **FIT)
+    assert_close(*map(weights, trained), 1e-9, 1e-12)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_saved_and_resumed_bit_for_bit(task, name, tmp_path):
     make, x, y = task
