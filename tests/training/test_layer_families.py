@@ -205,10 +205,12 @@ def test_sparse_gradients(accumulation, clipping, float64, monkeypatch):
 
 
 @pytest.mark.slow
-def test_distributed(mirrored_strategy):
-    x, y = text(16)
+@pytest.mark.parametrize("name", ["transformer", "language"])
+def test_distributed(name, mirrored_strategy):
+    make, load = MODELS[name]
+    x, y = load(16)
     with mirrored_strategy.scope():
-        model = compiled(transformer(), run_eagerly=False)
+        model = compiled(make(), run_eagerly=False)
     losses = model.fit(x, y, epochs=2, batch_size=16, verbose=0).history["loss"]
     assert np.all(np.isfinite(losses))
 
