@@ -175,7 +175,7 @@ def test_sparse_gradients(accumulation, clipping, float64, monkeypatch):
     """The gradient of an embedding comes as rows; it acts like a dense one."""
     x, y = text()
 
-    class Dense(layers.Embedding):
+    class DenseGradient(layers.Embedding):
         """An embedding whose gradient is dense."""
 
         def call(self, ids):
@@ -183,9 +183,9 @@ def test_sparse_gradients(accumulation, clipping, float64, monkeypatch):
             return one_hot @ self.embeddings
 
     monkeypatch.setattr(registry, "_LAYERS", dict(registry._LAYERS))
-    kng.register_layer(Dense)(describe_embedding)
+    kng.register_layer(DenseGradient)(describe_embedding)
     trained = []
-    for embedding in (layers.Embedding, Dense):
+    for embedding in (layers.Embedding, DenseGradient):
         keras.utils.set_random_seed(1)
         model = keras.Sequential(
             [
