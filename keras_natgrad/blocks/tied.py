@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
+import keras
 import tensorflow as tf
 from typing_extensions import override
 
@@ -17,34 +18,13 @@ from keras_natgrad.blocks.kronecker import (
 )
 from keras_natgrad.linalg import (
     OperatorSum,
-    damped_inverse_root,
     kronecker_operator,
+    pencil,
     trace_norm_ratio,
 )
 
-
-class Pencil(NamedTuple):
-    """Two damped Kronecker products in one basis.
-
-    With α and β the means of a and b, row v of the matrix has the block
-    `P⁻ᵀ diag(first_v D + second_v (1 − D)) P⁻¹`.
-
-    Attributes:
-        basis: P, `[m, m]`, or `[m]` for a diagonal one.
-        share: D, `[m]`, in [0, 1].
-        first: `a / α`, `[n]`.
-        second: `b / β`, `[n]`.
-    """
-
-    basis: tf.Tensor
-    share: tf.Tensor
-    first: tf.Tensor
-    second: tf.Tensor
-
-    def eigenvalues(self) -> tf.Tensor:
-        """Returns the eigenvalues in the basis, `[n, m]`."""
-        first = self.first[:, tf.newaxis] * self.share
-        return first + self.second[:, tf.newaxis] * (1 - self.share)
+# Largest vocabulary whose factor S is dense, for the cost of its eigenproblem.
+MAX_DENSE_ROWS = 1024
 
 
 class TiedBlock(Block):
@@ -55,36 +35,40 @@ class TiedBlock(Block):
 
         ∇E = Σ e_v gᵀ + Σ u hᵀ.
 
-    What crosses the two uses and what crosses rows of E is left out. Each use
-    is then a Kronecker product, with a diagonal on the side of the rows,
+    What crosses the two uses is left out. Each use is then a Kronecker
+    product,
 
-        F = diag(c) ⊗ G + diag(s) ⊗ H,
+        F = C ⊗ G + S ⊗ H,
 
-    with the shares c of the tokens and `H = E[h hᵀ]` as input factors, and
-    `G = Σ g gᵀ` and `s = Σ u²` as output factors, in the units of
-    `KroneckerBlock`, weight sharing included. Row v of E has the m × m block
-    `c_v G + s_v H`.
+    with `C = diag(c)` of the shares of the tokens and `H = E[h hᵀ]` as input
+    factors, and `G = Σ g gᵀ` and `S = Σ u uᵀ` as output factors, in the units
+    of `KroneckerBlock`, weight sharing included.
 
     The damping λ is split over the two uses in proportion to their traces, and
     that of each is factored, with the trace-norm π of its own product, so that
     the block is the one of `KroneckerBlock` where one use has no curvature:
 
-        a_v (G + ε I) + b_v (H + ε' I),   a = c + π √λ₁,   ε = √λ₁ / π, …
+        A₁ ⊗ B₁ + A₂ ⊗ B₂,
+        A₁ = C + π₁√λ₁ I,   B₁ = G + √λ₁/π₁ I,
+        A₂ = S + √λ₂/π₂ I,  B₂ = H + π₂√λ₂ I.
 
-    One generalised eigenproblem solves all rows. With the means α, β of a, b
+    Each side is diagonalised at once (`linalg.pencil`),
 
-        α (G + εI) + β (H + ε'I) = L Lᵀ,   α L⁻¹ (G + εI) L⁻ᵀ = Q D Qᵀ,
+        Pᵀ A₁ P = diag(a₁),  Pᵀ A₂ P = diag(a₂),
+        Qᵀ B₁ Q = diag(b₁),  Qᵀ B₂ Q = diag(b₂),
 
-    and `P = L⁻ᵀ Q`, the inverse of row v is
+    and the inverse of the sum maps X to
 
-        P diag(a_v / α · D + b_v / β · (1 − D))⁻¹ Pᵀ.
+        P [(Pᵀ X Q) ⊘ (a₁ b₁ᵀ + a₂ b₂ᵀ)] Qᵀ.
 
-    Where m is larger than `max_factor_size`, G and H are kept as diagonals.
-    XLA computes eigenvectors by a Jacobi iteration that stops at a relative
-    1e-6, which in float64 shows.
+    S is kept as its diagonal where n is larger than `max_factor_size` or than
+    1024; what crosses rows of E is then left out, and P is the identity. G and
+    H are kept as diagonals where m is larger than `max_factor_size`.
 
-    Cost: `N S m² + N T n` for the statistics, `m³` for a refresh (an
-    eigenproblem), `n m²` to precondition, `4 n + 3 m² + m` memory.
+    Cost: `N S m² + N T n²` for the statistics, `10 (n³ + m³)` for a refresh
+    (two eigenproblems), `n m (n + m)` to precondition, `2 n² + 3 n + 3 m² +
+    2 m` memory. With a diagonal S it is `N T n`, `10 m³`, `n m²` and
+    `4 n + 3 m² + 2 m`.
 
     Args:
         shape: `BlockShape` of a matrix that is used both ways.
@@ -116,40 +100,56 @@ class TiedBlock(Block):
             )
         super().__init__(shape)
         self.weight_sharing = WeightSharing(weight_sharing)
-        self._row = DiagonalFactor((), shape.rows)
+        bound = min(max_factor_size, MAX_DENSE_ROWS)
+        self._counts: Factor = DiagonalFactor((), shape.rows)
+        self._logits = make_factor((), shape.rows, bound)
+        # Of both G and H.
         self._column = make_factor((), shape.columns, max_factor_size)
 
     @override
     def build_state(self) -> None:
-        rows, columns = self._row.shape, self._column.shape
-        # In the order of the statistics: c, H, G, s.
-        self.add_average("direct_input_factor", rows)
-        self.add_average("transposed_input_factor", columns)
-        self.add_average("direct_output_factor", columns)
-        self.add_average("transposed_output_factor", rows)
-        self._pencil = (
-            self.add_cache("basis", columns),
-            self.add_cache("share", (self.shape.columns,)),
-            self.add_cache("direct_weights", rows),
-            self.add_cache("transposed_weights", rows),
-        )
+        column = self._column.shape
+        # In the order of the statistics: c, H, G, S.
+        self.add_average("direct_input_factor", self._counts.shape)
+        self.add_average("transposed_input_factor", column)
+        self.add_average("direct_output_factor", column)
+        self.add_average("transposed_output_factor", self._logits.shape)
+        # P with a₁ and a₂, Q with b₁ and b₂; no basis where it is I.
+        self._bases: list[keras.Variable | None] = []
+        self._weights: list[keras.Variable] = []
+        for name, side in (("row", self._logits), ("column", self._column)):
+            basis = None
+            if not isinstance(side, DiagonalFactor):
+                basis = self.add_cache(f"{name}_basis", side.shape)
+            self._bases.append(basis)
+            weights = self.add_cache(f"{name}_weights", (2, side.size))
+            self._weights.append(weights)
 
     @override
     @classmethod
     def state_size(cls, shape: BlockShape) -> int:
-        return 4 * shape.rows + 3 * shape.columns**2 + shape.columns
+        rows, columns = shape.rows, shape.columns
+        size = 3 * rows + 3 * columns**2 + 2 * columns
+        return size + (2 * rows**2 if rows <= MAX_DENSE_ROWS else rows)
 
     @override
     @property
     def memory(self) -> int:
-        columns = 3 * self._column.elements + self.shape.columns
-        return 4 * self.shape.rows + columns
+        rows, columns = self._logits, self._column
+        bases = sum(
+            side.elements
+            for side in (rows, columns)
+            if not isinstance(side, DiagonalFactor)
+        )
+        averages = rows.size + rows.elements + 2 * columns.elements
+        return averages + bases + 2 * (rows.size + columns.size)
 
     @override
     @property
     def refresh_cost(self) -> int:
-        # The eigenproblem counts for about nine factorisations.
-        return 10 * self.shape.columns**3
+        # An eigenproblem counts for about nine factorisations.
+        sides = self._logits.spectrum_side, self._column.spectrum_side
+        return 10 * sum(side**3 for side in sides)
 
     # -- Statistics ------------------------------------------------------
 
@@ -160,7 +160,7 @@ class TiedBlock(Block):
         """Returns c and H; the inputs are `linalg.TwoWayRows`."""
         sharing = self.weight_sharing
         return (
-            input_moment(self._row, inputs.direct, weights, sharing),
+            input_moment(self._counts, inputs.direct, weights, sharing),
             input_moment(self._column, inputs.transposed, weights, sharing),
         )
 
@@ -168,21 +168,21 @@ class TiedBlock(Block):
     def cotangent_statistics(
         self, inputs: Any, cotangents: Any
     ) -> tuple[tf.Tensor, ...]:
-        """Returns G and s, of `linalg.TwoWayCotangents`."""
+        """Returns G and S, of `linalg.TwoWayCotangents`."""
         sharing = self.weight_sharing
         return (
             output_moment(self._column, cotangents.direct, sharing),
-            output_moment(self._row, cotangents.transposed, sharing),
+            output_moment(self._logits, cotangents.transposed, sharing),
         )
 
     # -- Curvature -------------------------------------------------------
 
     def _traces(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the traces of the two products."""
-        c, hidden, gradients, s = self.averages()
+        c, hidden, gradients, logits = self.averages()
         return (
-            tf.reduce_sum(c) * self._column.trace(gradients),
-            tf.reduce_sum(s) * self._column.trace(hidden),
+            self._counts.trace(c) * self._column.trace(gradients),
+            self._logits.trace(logits) * self._column.trace(hidden),
         )
 
     @override
@@ -194,126 +194,121 @@ class TiedBlock(Block):
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        c, hidden, gradients, s = self.averages()
+        c, hidden, gradients, logits = self.averages()
         direct, transposed = self._traces()
         total = direct + transposed
         share = tf.where(total > 0, tf.math.divide_no_nan(direct, total), 0.5)
         damping = tf.cast(damping, total.dtype)
-        pi = _ratio((self._row, c), (self._column, gradients), ratio)
+        pi = _ratio((self._counts, c), (self._column, gradients), ratio)
         root = tf.sqrt(share * damping)
-        a, first_damping = c + pi * root, root / pi
-        pi = _ratio((self._column, hidden), (self._row, s), ratio)
+        first = _damped(c, pi * root), _damped(gradients, root / pi)
+        pi = _ratio((self._column, hidden), (self._logits, logits), ratio)
         root = tf.sqrt((1 - share) * damping)
-        b, second_damping = s + root / pi, pi * root
-        alpha, beta = tf.reduce_mean(a), tf.reduce_mean(b)
-        basis, eigenvalues, retries = self._solve(
-            alpha * self._damped(gradients, first_damping),
-            beta * self._damped(hidden, second_damping),
-        )
-        new = Pencil(
-            basis,
-            eigenvalues,
-            tf.math.divide_no_nan(a, alpha),
-            tf.math.divide_no_nan(b, beta),
-        )
-        sums = [tf.reduce_sum(1 / new.eigenvalues()), tf.reduce_sum(basis)]
+        second = _damped(logits, root / pi), _damped(hidden, pi * root)
+        rows, columns = pencil(first[0], second[0]), pencil(first[1], second[1])
+        inverse = 1 / tf.matmul(rows.weights, columns.weights, transpose_a=True)
+        new = [rows.basis, rows.weights, columns.basis, columns.weights]
+        kept = [value for value in new if value is not None]
+        sums = [tf.reduce_sum(value) for value in (inverse, *kept)]
         succeeded = tf.reduce_all(tf.math.is_finite(sums))
-        for variable, value in zip(self._pencil, new, strict=True):
+        for variable, value in zip(self._caches, kept, strict=True):
             variable.assign(tf.where(succeeded, value, variable.value))
+        retries = rows.retries + columns.retries
         return retries, tf.cast(~succeeded, tf.int32)
 
-    def _solve(
-        self, first: tf.Tensor, second: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Diagonalises two PSD matrices (or diagonals) at once.
-
-        Returns:
-            P and D with `Pᵀ first P = D` and `Pᵀ second P = 1 − D`, and how
-            often their sum had to be damped. P is NaN where that failed.
-        """
-        total = first + second
-        if isinstance(self._column, DiagonalFactor):
-            basis = tf.math.rsqrt(total)
-            return basis, first / total, tf.constant(0, tf.int32)
-        result = damped_inverse_root(total, tf.zeros([], total.dtype))
-        root = result.inverse
-        # An eigenvalue routine may raise an error on what is not finite.
-        moment = tf.matmul(root, tf.matmul(first, root, transpose_b=True))
-        moment = tf.where(result.succeeded, moment, tf.zeros_like(moment))
-        values, vectors = tf.linalg.eigh(moment)
-        basis = tf.matmul(root, vectors, transpose_a=True)
-        nan = tf.constant(math.nan, basis.dtype)
-        basis = tf.where(result.succeeded, basis, nan)
-        return basis, tf.clip_by_value(values, 0, 1), result.retries
+    def _eigenvalues(self) -> tf.Tensor:
+        """Returns `a₁ b₁ᵀ + a₂ b₂ᵀ`, zero before the first refresh."""
+        rows, columns = (variable.value for variable in self._weights)
+        return tf.matmul(rows, columns, transpose_a=True)
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
-        # Zero before the first refresh.
-        pencil = self._cached()
-        eigenvalues = pencil.eigenvalues()
-        if isinstance(self._column, DiagonalFactor):
-            scaled = tf.square(pencil.basis) * gradient
-            return tf.math.divide_no_nan(scaled, eigenvalues)
-        rotated = tf.matmul(gradient, pencil.basis)
-        rotated = tf.math.divide_no_nan(rotated, eigenvalues)
-        return tf.matmul(rotated, pencil.basis, transpose_b=True)
+        left, right = self._bases
+        if left is not None:
+            gradient = tf.matmul(left.value, gradient, transpose_a=True)
+        if right is not None:
+            gradient = tf.matmul(gradient, right.value)
+        gradient = tf.math.divide_no_nan(gradient, self._eigenvalues())
+        if right is not None:
+            gradient = tf.matmul(gradient, right.value, transpose_b=True)
+        if left is not None:
+            gradient = tf.matmul(left.value, gradient)
+        return gradient
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
-        c, hidden, gradients, s = self.averages()
-        row, column = self._row.operator, self._column.operator
+        c, hidden, gradients, logits = self.averages()
+        column = self._column.operator
         return OperatorSum(
             [
-                kronecker_operator(row(c), column(gradients)),
-                kronecker_operator(row(s), column(hidden)),
+                kronecker_operator(self._counts.operator(c), column(gradients)),
+                kronecker_operator(
+                    self._logits.operator(logits), column(hidden)
+                ),
             ]
         )
+
+    # -- Eigenvalues -----------------------------------------------------
+
+    @property
+    def _crosses_rows(self) -> bool:
+        return not isinstance(self._logits, DiagonalFactor)
 
     @override
     @property
     def spectrum_side(self) -> int:
+        if self._crosses_rows:
+            return self.shape.size
         # One eigenproblem of side m per row.
         return math.ceil(self.shape.columns * self.shape.rows ** (1 / 3))
 
     @override
     def spectra(self) -> dict[str, tf.Tensor]:
-        c, hidden, gradients, s = self.averages()
+        if self._crosses_rows:
+            return super().spectra()
+        c, hidden, gradients, logits = self.averages()
 
         def one(weights: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
             block = weights[0] * gradients + weights[1] * hidden
             return self._column.eigenvalues(block)
 
-        return {"fisher": tf.map_fn(one, (c, s), fn_output_signature=c.dtype)}
+        fisher = tf.map_fn(one, (c, logits), fn_output_signature=c.dtype)
+        return {"fisher": fisher}
 
     @override
     def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
-        pencil = self._cached()
-        eigenvalues = pencil.eigenvalues()
+        if self._crosses_rows:
+            size = self.shape.size
+            units = tf.eye(size, dtype=self.dtype)
+            units = tf.reshape(units, [size, *self.shape.matrix])
+            dense = tf.reshape(self.precondition(units), [size, size])
+            return {"fisher": tf.linalg.eigvalsh(dense)}
+        eigenvalues = self._eigenvalues()
         inverse = tf.math.divide_no_nan(tf.ones_like(eigenvalues), eigenvalues)
-        if isinstance(self._column, DiagonalFactor):
-            return {"fisher": tf.square(pencil.basis) * inverse}
+        basis = self._bases[1]
+        if basis is None:
+            return {"fisher": inverse}
 
         def one(row: tf.Tensor) -> tf.Tensor:
-            block = tf.matmul(
-                pencil.basis * row, pencil.basis, transpose_b=True
-            )
+            block = tf.matmul(basis.value * row, basis.value, transpose_b=True)
             return tf.linalg.eigvalsh(block)
 
         return {"fisher": tf.map_fn(one, inverse)}
 
-    def _cached(self) -> Pencil:
-        return Pencil(*[variable.value for variable in self._pencil])
-
-    def _damped(self, average: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
-        if isinstance(self._column, DiagonalFactor):
-            return average + damping
-        diagonal = tf.linalg.diag_part(average)
-        return tf.linalg.set_diag(average, diagonal + damping)
-
     @override
     def describe(self) -> str:
-        side = f"diag {self.shape.rows} ⊗ {self._column.describe()}"
-        return f"{side} + {side}, {self.weight_sharing.value}"
+        rows = self._counts.describe(), self._logits.describe()
+        column = self._column.describe()
+        first, second = (f"{row} ⊗ {column}" for row in rows)
+        return f"{first} + {second}, {self.weight_sharing.value}"
+
+
+def _damped(average: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
+    """Returns a matrix, or the diagonal of one, plus `damping I`."""
+    if average.shape.rank == 1:
+        return average + damping
+    diagonal = tf.linalg.diag_part(average)
+    return tf.linalg.set_diag(average, diagonal + damping)
 
 
 def _ratio(

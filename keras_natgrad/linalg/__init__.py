@@ -10,6 +10,7 @@ from keras_natgrad.linalg.kronecker import (
 from keras_natgrad.linalg.one_hot import OneHot
 from keras_natgrad.linalg.operator_sum import OperatorSum
 from keras_natgrad.linalg.patches import Patches
+from keras_natgrad.linalg.pencil import Pencil, pencil
 from keras_natgrad.linalg.psd import (
     DampedInverse,
     DampedSolution,
@@ -46,6 +47,7 @@ __all__ = [
     "OneHot",
     "OperatorSum",
     "Patches",
+    "Pencil",
     "Rows",
     "StructuredRows",
     "TwoWayCotangents",
@@ -62,6 +64,7 @@ __all__ = [
     "kronecker_operator",
     "multiply",
     "padded",
+    "pencil",
     "position_count",
     "position_mean",
     "pseudo_inverse_solve",

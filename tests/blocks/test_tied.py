@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import scipy.linalg
 import tensorflow as tf
 
 from keras_natgrad.blocks import BlockShape, create
@@ -12,6 +11,8 @@ BATCH, LOOKUPS, LOGITS, DEPTH, WIDTH = 4, 3, 2, 7, 3
 SHAPE = BlockShape(DEPTH, WIDTH, one_hot=True, two_way=True)
 DAMPING = 0.03
 SHARING = ("expand", "reduce")
+# S, G and H dense; S diagonal; all diagonal.
+SIZES = (DEPTH, WIDTH, 1)
 
 
 class Data:
@@ -60,39 +61,49 @@ class Data:
             np.einsum("b,bsv,bsv->v", w / e.shape[1], e, e),
             np.einsum("b,bsi,bsj->ij", w / h.shape[1], h, h),
             np.einsum("kbsi,kbsj->ij", g, g),
-            np.einsum("kbsv,kbsv->v", u, u),
+            np.einsum("kbsv,kbsw->vw", u, u),
         )
 
 
-def row_blocks(c, hidden, gradients, s):
-    return c[:, None, None] * gradients + s[:, None, None] * hidden
+def kept(factors, size):
+    """The factors that a block with `max_factor_size=size` keeps, dense."""
+    diagonal = [
+        np.diag(np.diag(x)) if len(x) > size else x for x in factors[1:]
+    ]
+    return [np.diag(factors[0]), *diagonal]
 
 
-def damped_rows(c, hidden, gradients, s, damping, ratio=None):
-    """Damped row blocks by the definition, `[DEPTH, WIDTH, WIDTH]`."""
-    traces = c.sum() * np.trace(gradients), s.sum() * np.trace(hidden)
-    first, second = damping * np.array(traces) / sum(traces)
+def undamped(c, hidden, gradients, logits):
+    return np.kron(c, gradients) + np.kron(logits, hidden)
 
-    def pi(left, right):
-        mean = [
-            np.mean(x if x.ndim == 1 else np.diag(x)) for x in (left, right)
-        ]
-        found = np.sqrt(mean[0] / mean[1]) if min(mean) > 0 else 1.0
-        return found if ratio is None else ratio
 
-    eye, root = np.eye(WIDTH), np.sqrt([first, second])
-    p = pi(c, gradients)
-    total = np.einsum(
-        "v,ij->vij", c + p * root[0], gradients + root[0] / p * eye
-    )
-    p = pi(hidden, s)
-    return total + np.einsum(
-        "v,ij->vij", s + root[1] / p, hidden + p * root[1] * eye
-    )
+def damped(c, hidden, gradients, logits, damping, ratio=None):
+    """The damped block by the definition, `[DEPTH · WIDTH] * 2`."""
+    products = (c, gradients), (hidden, logits)
+    traces = np.array([np.trace(a) * np.trace(b) for a, b in products])
+    total = 0.0
+    for (a, b), part in zip(products, traces / traces.sum(), strict=True):
+        root = np.sqrt(damping * part)
+        mean = np.trace(a) / len(a), np.trace(b) / len(b)
+        pi = np.sqrt(mean[0] / mean[1]) if min(mean) > 0 else 1.0
+        pi = pi if ratio is None else ratio
+        a = a + pi * root * np.eye(len(a))
+        b = b + root / pi * np.eye(len(b))
+        total = total + (np.kron(a, b) if len(a) == DEPTH else np.kron(b, a))
+    return total
+
+
+def solved(matrix, gradient):
+    return np.linalg.solve(matrix, gradient.ravel()).reshape(gradient.shape)
 
 
 @pytest.fixture(params=SHARING)
 def sharing(request):
+    return request.param
+
+
+@pytest.fixture(params=SIZES)
+def size(request):
     return request.param
 
 
@@ -104,13 +115,20 @@ def made(build_block, **options):
     return build_block(create("tied", SHAPE, **options))
 
 
-def test_equals_its_definition(build_block, sharing):
+def test_equals_its_definition(build_block, sharing, size):
     data = Data()
-    block = data.feed(made(build_block, weight_sharing=sharing))
-    factors = data.factors(sharing)
-    for found, expected in zip(block.averages(), factors, strict=True):
+    options = {"weight_sharing": sharing, "max_factor_size": size}
+    block = data.feed(made(build_block, **options))
+    factors = kept(data.factors(sharing), size)
+    shapes = [x.shape for x in block.averages()]
+    for found, expected, shape in zip(
+        block.averages(), factors, shapes, strict=True
+    ):
+        expected = np.diag(expected) if len(shape) == 1 else expected
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
-    expected = scipy.linalg.block_diag(*row_blocks(*factors))
+    side = {1: (DEPTH,), 2: (DEPTH, DEPTH)}[2 if size == DEPTH else 1]
+    assert shapes[0] == (DEPTH,) and shapes[3] == side
+    expected = undamped(*factors)
     np.testing.assert_allclose(
         block.to_dense(), expected, rtol=1e-9, atol=1e-12
     )
@@ -127,10 +145,10 @@ def test_equals_its_definition(build_block, sharing):
 
 
 def test_is_the_fisher_of_one_independent_position(build_block):
-    """One example, one lookup and one projection whose parts do not cross.
+    """One example, one lookup and one projection whose uses do not cross.
 
-    With a zero cotangent of one of the uses, and the off-diagonal entries of
-    `u uᵀ` left out, the block is the outer product of the gradient.
+    With a zero cotangent of one of the uses, the block is the outer product
+    of the gradient.
     """
     for direct, transposed in ((1.0, 0.0), (0.0, 1.0)):
         rng = np.random.default_rng(1)
@@ -155,9 +173,7 @@ def test_is_the_fisher_of_one_independent_position(build_block):
         np.testing.assert_allclose(
             rows.contract(sent)[0], gradient, rtol=1e-12, atol=1e-14
         )
-        expected = scipy.linalg.block_diag(
-            *[np.outer(row, row) for row in gradient]
-        )
+        expected = np.outer(gradient, gradient)
         np.testing.assert_allclose(
             block.to_dense(), expected, rtol=1e-9, atol=1e-12
         )
@@ -165,23 +181,44 @@ def test_is_the_fisher_of_one_independent_position(build_block):
 
 @pytest.mark.parametrize("ratio", [None, 0.4])
 @pytest.mark.parametrize("value", [1e-6, DAMPING, 10.0])
-def test_preconditioner_is_the_dense_solve(build_block, sharing, value, ratio):
+def test_preconditioner_is_the_dense_solve(
+    build_block, sharing, size, value, ratio
+):
     data = Data()
-    block = data.feed(made(build_block, weight_sharing=sharing))
+    options = {"weight_sharing": sharing, "max_factor_size": size}
+    block = data.feed(made(build_block, **options))
     pi = None if ratio is None else tf.constant(ratio, tf.float64)
     retries, failures = block.refresh(damping(value), pi)
     assert (int(retries), int(failures)) == (0, 0)
-    dense = damped_rows(*data.factors(sharing), value, ratio)
-    expected = np.linalg.solve(dense, data.gradient[..., None])[..., 0]
+    factors = kept(data.factors(sharing), size)
+    dense = damped(*factors, value, ratio)
     found = block.precondition(tf.constant(data.gradient))
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(found, solved(dense, data.gradient), rtol=1e-9)
     # The damping is at least λ.
-    undamped = row_blocks(*data.factors(sharing))
-    least = np.linalg.eigvalsh(dense - undamped).min()
-    assert least >= value * (1 - 1e-12)
+    least = np.linalg.eigvalsh(dense - undamped(*factors)).min()
+    assert least >= value * (1 - 1e-9)
 
 
-@pytest.mark.parametrize("size", [WIDTH, 1])
+@pytest.mark.parametrize("scales", [(1e-4, 1.0), (1.0, 1e-4)])
+def test_uses_of_different_scale(build_block, size, scales):
+    """A use with a small curvature is not lost beside the other."""
+    data = Data(direct=scales[0], transposed=scales[1])
+    block = data.feed(made(build_block, max_factor_size=size))
+    block.refresh(damping())
+    dense = damped(*kept(data.factors("expand"), size), DAMPING)
+    found = block.precondition(tf.constant(data.gradient))
+    np.testing.assert_allclose(found, solved(dense, data.gradient), rtol=1e-9)
+
+
+def test_rows_above_the_bound_are_diagonal(build_block, monkeypatch):
+    monkeypatch.setattr("keras_natgrad.blocks.tied.MAX_DENSE_ROWS", DEPTH - 1)
+    block = made(build_block)
+    stated = block.memory, block.state_size(SHAPE)
+    assert block.describe() == "diag 7 ⊗ 3² + diag 7 ⊗ 3², expand"
+    assert stated == (4 * DEPTH + 3 * WIDTH**2 + 2 * WIDTH,) * 2
+    assert block.refresh_cost == 10 * (WIDTH**3 + 1)
+
+
 @pytest.mark.parametrize("dead", ["direct", "transposed"])
 def test_one_use_without_curvature(build_block, sharing, dead, size):
     """It is the Kronecker block of the other use."""
@@ -222,87 +259,64 @@ def test_without_statistics(build_block):
     )
 
 
-def test_diagonals_above_the_bound(build_block, sharing):
+def test_spectra(build_block, sharing, size):
     data = Data()
-    options = {"weight_sharing": sharing, "max_factor_size": 1}
+    options = {"weight_sharing": sharing, "max_factor_size": size}
     block = data.feed(made(build_block, **options))
-    c, hidden, gradients, s = data.factors(sharing)
-    factors = [c, np.diag(np.diag(hidden)), np.diag(np.diag(gradients)), s]
-    expected = scipy.linalg.block_diag(*row_blocks(*factors))
-    np.testing.assert_allclose(
-        block.to_dense(), expected, rtol=1e-9, atol=1e-12
-    )
-    np.testing.assert_allclose(block.trace(), np.trace(expected), rtol=1e-12)
     block.refresh(damping())
-    dense = damped_rows(*factors, DAMPING)
-    expected = np.linalg.solve(dense, data.gradient[..., None])[..., 0]
+    factors = kept(data.factors(sharing), size)
+    found = np.sort(np.ravel(block.spectra()["fisher"]))
     np.testing.assert_allclose(
-        block.precondition(tf.constant(data.gradient)), expected, rtol=1e-9
+        found, np.linalg.eigvalsh(undamped(*factors)), rtol=1e-9, atol=1e-10
     )
-    assert block.memory == 4 * DEPTH + 4 * WIDTH
+    inverse = np.linalg.inv(damped(*factors, DAMPING))
+    found = np.sort(np.ravel(block.inverse_spectra()["fisher"]))
+    np.testing.assert_allclose(found, np.linalg.eigvalsh(inverse), rtol=1e-9)
+    # One matrix of all entries, or for each row: 3 · 7^⅓ = 5.7.
+    assert block.spectrum_side == (DEPTH * WIDTH if size == DEPTH else 6)
 
 
-def test_spectra(build_block, sharing):
-    for size in (WIDTH, 1):
-        data = Data()
-        options = {"weight_sharing": sharing, "max_factor_size": size}
-        block = data.feed(made(build_block, **options))
-        block.refresh(damping())
-        found = np.sort(np.ravel(block.spectra()["fisher"]))
-        dense = block.to_dense().numpy()
-        np.testing.assert_allclose(
-            found, np.linalg.eigvalsh(dense), rtol=1e-9, atol=1e-10
-        )
-        units = np.eye(DEPTH * WIDTH).reshape(-1, DEPTH, WIDTH)
-        inverse = np.array(
-            [block.precondition(tf.constant(e)).numpy().ravel() for e in units]
-        )
-        found = np.sort(np.ravel(block.inverse_spectra()["fisher"]))
-        np.testing.assert_allclose(
-            found, np.linalg.eigvalsh(inverse), rtol=1e-9
-        )
-    assert block.spectrum_side == 6  # 3 · 7^⅓ = 5.7
-
-
-def test_state(build_block):
-    block = made(build_block)
+def test_state(build_block, size):
+    block = made(build_block, max_factor_size=size)
     stored = sum(
         int(np.prod(variable.shape))
         for name, variable in block.created.items()
         if name != "weight"
     )
-    assert block.memory == block.state_size(SHAPE) == stored
-    assert stored == 4 * DEPTH + 3 * WIDTH**2 + WIDTH
-    assert block.refresh_cost == 10 * WIDTH**3
-    assert block.describe() == "diag 7 ⊗ 3² + diag 7 ⊗ 3², expand"
+    columns = 3 * WIDTH**2 if size >= WIDTH else 2 * WIDTH
+    rows = 2 * DEPTH**2 if size >= DEPTH else DEPTH
+    assert block.memory == stored == rows + 3 * DEPTH + columns + 2 * WIDTH
+    sides = [DEPTH if size >= DEPTH else 1, WIDTH if size >= WIDTH else 1]
+    assert block.refresh_cost == 10 * (sides[0] ** 3 + sides[1] ** 3)
+    if size == DEPTH:
+        assert block.state_size(SHAPE) == stored
+        assert block.describe() == "diag 7 ⊗ 3² + 7² ⊗ 3², expand"
 
 
-def test_failed_refresh_keeps_the_last_good_inverse(build_block):
-    for size in (WIDTH, 1):
-        data = Data()
-        block = data.feed(made(build_block, max_factor_size=size))
-        block.refresh(damping())
-        gradient = tf.constant(data.gradient)
-        good = block.precondition(gradient).numpy()
-        for broken in (np.nan, np.inf):
-            data.hidden[0] = broken
+def test_failed_refresh_keeps_the_last_good_inverse(build_block, size):
+    for broken in (np.nan, np.inf):
+        for name in ("hidden", "u", "g"):
+            data = Data()
+            block = data.feed(made(build_block, max_factor_size=size))
+            block.refresh(damping())
+            gradient = tf.constant(data.gradient)
+            good = block.precondition(gradient).numpy()
+            getattr(data, name)[0] = broken
             data.feed(block)
             _, failures = block.refresh(damping())
             assert int(failures) == 1
             np.testing.assert_array_equal(block.precondition(gradient), good)
 
 
-def test_no_damping_at_all(build_block):
+def test_no_damping_at_all(build_block, size):
     """A token that was not looked up still has the block of its logit."""
     data = Data()
-    block = data.feed(made(build_block))
+    block = data.feed(made(build_block, max_factor_size=size))
     _, failures = block.refresh(damping(0.0))
     assert int(failures) == 0
-    dense = row_blocks(*data.factors("expand"))
-    expected = np.linalg.solve(dense, data.gradient[..., None])[..., 0]
-    np.testing.assert_allclose(
-        block.precondition(tf.constant(data.gradient)), expected, rtol=1e-9
-    )
+    dense = undamped(*kept(data.factors("expand"), size))
+    found = block.precondition(tf.constant(data.gradient))
+    np.testing.assert_allclose(found, solved(dense, data.gradient), rtol=1e-9)
 
 
 def test_running_average(build_block):
@@ -321,13 +335,13 @@ def test_running_average(build_block):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_compiles(build_block, jit_compile):
+def test_compiles(build_block, size, jit_compile):
     """In a graph to rounding.
 
     XLA's eigenvectors leave off-diagonal entries of a relative 1e-6.
     """
     data = Data()
-    block = data.feed(made(build_block))
+    block = data.feed(made(build_block, max_factor_size=size))
 
     @tf.function(jit_compile=jit_compile)
     def run(gradient):
@@ -335,8 +349,8 @@ def test_compiles(build_block, jit_compile):
         return block.precondition(gradient), counts
 
     found, counts = run(tf.constant(data.gradient))
-    dense = damped_rows(*data.factors("expand"), DAMPING)
-    expected = np.linalg.solve(dense, data.gradient[..., None])[..., 0]
+    dense = damped(*kept(data.factors("expand"), size), DAMPING)
+    expected = solved(dense, data.gradient)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert error < (1e-6 if jit_compile else 1e-12)
     assert [int(count) for count in counts] == [0, 0]
