@@ -265,6 +265,21 @@ def test_tied_weights_with_a_chosen_block():
         assert own in kinds
 
 
+def test_tied_weights_refreshed_on_the_host(float64):
+    x, y = next_tokens()
+    trained = [
+        compiled(model, kng.KFAC(refresh_where=where))
+        for model, where in zip(
+            models(language, 2), ("graph", "host"), strict=True
+        )
+    ]
+    for model in trained:
+        model.fit(x, y, epochs=4, **FIT)
+    left, right = (model.optimizer.statistics for model in trained)
+    assert left["refreshes"] == right["refreshes"] > 1
+    assert_close(*map(weights, trained), 1e-9, 1e-12)
+
+
 def test_tied_weights_that_are_excluded():
     x, y = next_tokens()
     model, optimizer = language(), kng.KFAC(damping=0.1)
