@@ -186,3 +186,33 @@ def test_errors(model):
         kng.fisher(keras.Sequential([keras.layers.Dense(2)]), X, head)
     with pytest.raises(ValueError, match="one output per class"):
         kng.fisher(mlp([3, 1]), X, HEADS["categorical"])
+
+
+@pytest.mark.parametrize("name", ["kronecker", "kfac", "tied", "auto"])
+def test_tied_embedding(name):
+    """The sum of two Kronecker products, from per-example cotangents."""
+    depth, width, length, batch = 5, 3, 2, 4
+    ids = keras.Input((length,), dtype="int32")
+    tied = keras.layers.ReversibleEmbedding(depth, width)
+    model = keras.Model(ids, tied(keras.ops.tanh(tied(ids)), reverse=True))
+    rng = np.random.default_rng(0)
+    tied.embeddings.assign(rng.normal(size=(depth, width)))
+    x = rng.integers(0, depth, size=(batch, length))
+    (operator,) = kng.fisher(model, x, HEADS["categorical"], name).values()
+    e = tied.embeddings.numpy()
+    hidden = np.tanh(e[x])
+    logits = hidden @ e.T
+    p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    # Cotangents of the columns of L, one at a time: L Lᵀ = diag p − p pᵀ.
+    fisher = np.einsum("bti,ij->btij", p, np.eye(depth))
+    fisher -= p[..., :, None] * p[..., None, :]
+    fisher /= batch * length
+    slope = 1 - hidden**2
+    gradients = np.einsum("bti,vi,btvw,wj,btj->ij", slope, e, fisher, e, slope)
+    counts = np.bincount(x.ravel(), minlength=depth) / x.size
+    moment = np.einsum("bti,btj->ij", hidden, hidden) / x.size
+    expected = np.kron(np.diag(counts), gradients)
+    expected += np.kron(fisher.sum(axis=(0, 1)), moment)
+    np.testing.assert_allclose(
+        operator.to_dense(), expected, rtol=1e-10, atol=1e-14
+    )

@@ -17,6 +17,7 @@ from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock, WeightSharing
 from keras_natgrad.blocks.metric import MetricBlock, UnitMetricBlock
 from keras_natgrad.blocks.registry import check_kind, create, register_block
+from keras_natgrad.blocks.tied import TiedBlock
 from keras_natgrad.blocks.unitwise import CoupledBlock, UnitwiseBlock
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "KroneckerBlock",
     "MetricBlock",
     "PlainGradientBlock",
+    "TiedBlock",
     "UnitMetricBlock",
     "UnitwiseBlock",
     "WeightSharing",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_natgrad.linalg import Rows, StructuredRows, scalar
+from keras_natgrad.linalg import Rows, scalar
 
 # Creates one named, saved optimizer variable: (name, shape, initializer).
 VariableFactory = Callable[[str, tuple[int, ...], str], keras.Variable]
@@ -29,6 +29,8 @@ class BlockShape:
             have them as their first axis.
         one_hot: Whether the inputs are `linalg.OneHot`.
         biased: Whether the last row is that of a bias.
+        two_way: Whether the matrix is used as its transpose too; inputs are
+            `linalg.TwoWayRows` and cotangents `linalg.TwoWayCotangents`.
     """
 
     rows: int
@@ -36,6 +38,7 @@ class BlockShape:
     groups: int | None = None
     one_hot: bool = False
     biased: bool = False
+    two_way: bool = False
 
     @property
     def size(self) -> int:
@@ -97,8 +100,17 @@ class Block(abc.ABC):
     uses_cotangents = True
     #: Options of `create` that the constructor takes.
     options: tuple[str, ...] = ()
+    #: Whether it can treat a matrix that is used as its transpose too.
+    treats_two_way = False
 
     def __init__(self, shape: BlockShape) -> None:
+        if shape.two_way and not self.treats_two_way:
+            raise ValueError(
+                f"The block {self.kind!r} is not for a matrix that is used as "
+                "its transpose too; use 'tied', 'diagonal' or 'full', or "
+                "leave the layer out with `attach(model, exclude=[...])`. "
+                f"Received: shape={shape!r}"
+            )
         self.shape = shape
         self._averages: list[keras.Variable] = []
         self._caches: list[keras.Variable] = []
@@ -328,18 +340,3 @@ class Block(abc.ABC):
     def describe(self) -> str:
         """Returns the approximation in a few words, for the summary."""
         return self.kind
-
-
-def contract_shared(inputs: Rows, cotangents: tf.Tensor) -> tf.Tensor:
-    """Returns the per-example gradients `Σ_s ā_s g_sᵀ`.
-
-    Args:
-        inputs: `[(groups,) batch, shared, n]`, or `StructuredRows`.
-        cotangents: `[(groups,) batch, shared, m]`.
-
-    Returns:
-        Tensor `[(groups,) batch, n, m]`.
-    """
-    if isinstance(inputs, StructuredRows):
-        return inputs.contract(cotangents)
-    return tf.matmul(inputs, cotangents, transpose_a=True)

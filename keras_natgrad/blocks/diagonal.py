@@ -5,8 +5,14 @@ from __future__ import annotations
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
-from keras_natgrad.linalg import Rows, position_count, to_dense
+from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.linalg import (
+    Rows,
+    TwoWayRows,
+    contract_rows,
+    position_count,
+    to_dense,
+)
 
 
 class DiagonalCurvature(Block):
@@ -94,6 +100,7 @@ class DiagonalBlock(DiagonalCurvature):
     """
 
     kind = "diagonal"
+    treats_two_way = True
 
     @override
     def cotangent_statistics(
@@ -108,8 +115,10 @@ class DiagonalBlock(DiagonalCurvature):
             )
 
         def several_positions() -> tf.Tensor:
-            gradients = contract_shared(inputs, cotangents)
+            gradients = contract_rows(inputs, cotangents)
             return tf.reduce_sum(tf.square(gradients), axis=-3)
 
+        if isinstance(inputs, TwoWayRows):
+            return (several_positions(),)
         single = tf.equal(position_count(inputs), 1)
         return (tf.cond(single, one_position, several_positions),)

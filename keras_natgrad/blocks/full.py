@@ -5,8 +5,13 @@ from __future__ import annotations
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
-from keras_natgrad.linalg import Rows, block_diagonal, damped_inverse
+from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.linalg import (
+    Rows,
+    block_diagonal,
+    contract_rows,
+    damped_inverse,
+)
 
 
 class FullBlock(Block):
@@ -21,6 +26,7 @@ class FullBlock(Block):
     """
 
     kind = "full"
+    treats_two_way = True
 
     @override
     def build_state(self) -> None:
@@ -45,7 +51,7 @@ class FullBlock(Block):
         self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         gradients = tf.reshape(
-            contract_shared(inputs, cotangents),
+            contract_rows(inputs, cotangents),
             [*self.shape.lead, -1, self.shape.matrix_size],
         )
         return (tf.matmul(gradients, gradients, transpose_a=True),)

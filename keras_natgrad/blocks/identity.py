@@ -21,6 +21,7 @@ class IdentityBlock(Block):
 
     kind = "identity"
     uses_cotangents = False
+    treats_two_way = True
 
     @override
     def build_state(self) -> None:

@@ -8,7 +8,7 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape, FactorScales
-from keras_natgrad.blocks.factors import make_factor, refresh_pair
+from keras_natgrad.blocks.factors import Factor, make_factor, refresh_pair
 from keras_natgrad.linalg import (
     Rows,
     block_diagonal,
@@ -30,6 +30,40 @@ class WeightSharing(str, Enum):
 
     EXPAND = "expand"
     REDUCE = "reduce"
+
+
+def input_moment(
+    factor: Factor, inputs: Rows, weights: tf.Tensor, sharing: WeightSharing
+) -> tf.Tensor:
+    """Returns the second moment of inputs, the A of `KroneckerBlock`.
+
+    Args:
+        factor: What is kept of it.
+        inputs: `[(groups,) batch, shared, n]`, or `StructuredRows`.
+        weights: `[batch]`, relative weights of the examples.
+        sharing: `WeightSharing`.
+    """
+    weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
+    if sharing is WeightSharing.REDUCE:
+        inputs = position_mean(inputs)
+    shared = tf.cast(position_count(inputs), inputs.dtype)
+    scaled = scale_examples(inputs, tf.sqrt(weights / shared))
+    return factor.second_moment(scaled)
+
+
+def output_moment(
+    factor: Factor, cotangents: tf.Tensor, sharing: WeightSharing
+) -> tf.Tensor:
+    """Returns the second moment of cotangents, the G of `KroneckerBlock`.
+
+    Args:
+        factor: What is kept of it.
+        cotangents: `[(groups,) batch, shared, m]`.
+        sharing: `WeightSharing`.
+    """
+    if sharing is WeightSharing.REDUCE:
+        cotangents = tf.reduce_sum(cotangents, axis=-2, keepdims=True)
+    return factor.second_moment(cotangents)
 
 
 class KroneckerBlock(Block):
@@ -116,20 +150,15 @@ class KroneckerBlock(Block):
     def input_statistics(
         self, inputs: Rows, weights: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
-        if self.weight_sharing is WeightSharing.REDUCE:
-            inputs = position_mean(inputs)
-        shared = tf.cast(position_count(inputs), inputs.dtype)
-        scaled = scale_examples(inputs, tf.sqrt(weights / shared))
-        return (self._input.second_moment(scaled),)
+        return (
+            input_moment(self._input, inputs, weights, self.weight_sharing),
+        )
 
     @override
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        if self.weight_sharing is WeightSharing.REDUCE:
-            cotangents = tf.reduce_sum(cotangents, axis=-2, keepdims=True)
-        return (self._output.second_moment(cotangents),)
+        return (output_moment(self._output, cotangents, self.weight_sharing),)
 
     def factors(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns A and G in the units that the damping is added in."""

@@ -10,8 +10,14 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape, contract_shared
-from keras_natgrad.linalg import Rows, damped_inverses, scalar, to_dense
+from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.linalg import (
+    Rows,
+    contract_rows,
+    damped_inverses,
+    scalar,
+    to_dense,
+)
 
 
 class MetricBlock(Block):
@@ -92,7 +98,7 @@ class MetricBlock(Block):
             return self.metrics_of(dense[:, 0], moment)
 
         def several_positions() -> tuple[tf.Tensor, ...]:
-            return self.metrics_of_gradients(contract_shared(dense, cotangents))
+            return self.metrics_of_gradients(contract_rows(dense, cotangents))
 
         single = tf.equal(tf.shape(dense)[1], 1)
         return tuple(tf.cond(single, one_position, several_positions))

@@ -11,6 +11,7 @@ from keras_natgrad.blocks.full import FullBlock
 from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock
+from keras_natgrad.blocks.tied import TiedBlock
 from keras_natgrad.blocks.unitwise import CoupledBlock, UnitwiseBlock
 
 _BLOCKS: dict[str, type[Block]] = {
@@ -22,6 +23,7 @@ _BLOCKS: dict[str, type[Block]] = {
     "identity": IdentityBlock,
     "input_factor": InputFactorBlock,
     "foof": InputFactorBlock,
+    "tied": TiedBlock,
     "unitwise": UnitwiseBlock,
     "coupled": CoupledBlock,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -36,28 +37,38 @@ def describe_embedding(
 def describe_reversible_embedding(
     layer: keras.layers.ReversibleEmbedding,
 ) -> LinearMap | list[LinearMap] | NotCaptured:
-    """An embedding, and a projection back to logits by its own matrix.
+    """An embedding, and a projection of hidden states back to logits.
 
-    With tied weights the gradient of E is `Σ e_id gᵀ + Σ u hᵀ`, with the
-    cotangents u of the logits and the hidden states h. The vectors u are no
-    inputs, known before the backward pass.
+    The projection `z = h R` has its own matrix R, or `R = Eᵀ`. With tied
+    weights the gradient of E is `Σ e_id gᵀ + Σ u hᵀ`, with the cotangents u
+    of the logits and the hidden states h: one map that is used both ways.
     """
-    if layer.tie_weights:
+    capped = layer.logit_soft_cap is not None
+    if layer.tie_weights and capped:
         return NotCaptured(
-            "embedding tied to the output projection, used as E and as Eᵀ"
+            "embedding tied to an output projection with `logit_soft_cap`"
         )
     lookup = _lookup(layer, lambda reverse=False, **_: not reverse)
-    if layer.logit_soft_cap is not None:
+    if capped:
         return lookup
-    features, depth = (int(n) for n in layer.reverse_embeddings.shape)
+    depth, features = lookup.layout.kernel_shape
     projection = LinearMap(
-        variables=(layer.reverse_embeddings,),
+        variables=(
+            layer.embeddings if layer.tie_weights else layer.reverse_embeddings,
+        ),
         layout=ParameterLayout.of_matrix(features, depth, bias=False),
         inputs=lambda x: merge_middle_axes(x, features),
         cotangents=lambda g: merge_middle_axes(g, depth),
         applies=lambda reverse=False, **_: bool(reverse),
     )
-    return [lookup, projection]
+    if not layer.tie_weights:
+        return [lookup, projection]
+    return replace(
+        lookup,
+        layout=replace(lookup.layout, two_way=True),
+        block="tied",
+        transposed=projection,
+    )
 
 
 def _lookup(

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_natgrad.capture.taps import LayerRecord
-from keras_natgrad.linalg import Rows, multiply
+from keras_natgrad.linalg import slopes
 
 _DTYPE = tf.float32
 
@@ -67,20 +67,11 @@ def _exact(
     inputs = record.canonical_inputs(_DTYPE, batch)
     canonical = record.canonical_cotangents(cotangents, _DTYPE, batch)
     layout = record.spec.layout
-    shape = [*layout.lead, layout.rows, layout.columns]
-    return layout.from_matrix(_product(inputs, canonical, shape))
-
-
-def _product(
-    inputs: Rows, cotangents: tf.Tensor, shape: Sequence[int]
-) -> tf.Tensor:
-    """Returns `Āᵀ G`, the derivative of `Ā W` along G.
-
-    So that patches of images and one-hot rows need not be formed.
-    """
-    matrix = tf.zeros(shape, _DTYPE)
+    matrix = tf.zeros([*layout.lead, layout.rows, layout.columns], _DTYPE)
+    # As a derivative, so that patches of images and one-hot rows need not be
+    # formed.
     with tf.GradientTape() as tape:
         tape.watch(matrix)
-        outputs = multiply(inputs, matrix)
-    gradient = tape.gradient(outputs, matrix, output_gradients=cotangents)
-    return tf.convert_to_tensor(gradient)
+        slope = slopes(inputs, canonical, matrix)
+    gradient = tf.convert_to_tensor(tape.gradient(slope, matrix))
+    return layout.from_matrix(gradient)

@@ -34,6 +34,8 @@ class ParameterLayout:
             `kernel_shape`.
         one_hot: Whether the inputs are one-hot vectors, as those of an
             embedding.
+        two_way: Whether the matrix is used as its transpose too, as that of
+            an embedding tied to the output projection.
     """
 
     kernel_shape: tuple[int, ...]
@@ -44,6 +46,7 @@ class ParameterLayout:
     groups: int | None = None
     view: tuple[int, ...] | None = None
     one_hot: bool = False
+    two_way: bool = False
 
     @property
     def rows(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,13 +98,28 @@ class Plan:
         """Returns the plan without layers that are more than one matrix.
 
         Args:
-            reason: Why layers with groups, and one-hot inputs, fall back.
+            reason: Why layers with groups or one-hot inputs, and matrices
+                that are used as their transposes too, fall back.
         """
-        kept = [
-            layer
-            for layer in self.layers
-            if layer.layout.groups is None and not layer.layout.one_hot
-        ]
+        return self._without(
+            reason,
+            lambda layout: (
+                layout.groups is not None or layout.one_hot or layout.two_way
+            ),
+        )
+
+    def only_one_way(self, reason: str) -> Plan:
+        """Returns the plan without matrices that are used as Wᵀ too.
+
+        Args:
+            reason: Why these fall back.
+        """
+        return self._without(reason, lambda layout: layout.two_way)
+
+    def _without(
+        self, reason: str, dropped: Callable[[ParameterLayout], bool]
+    ) -> Plan:
+        kept = [layer for layer in self.layers if not dropped(layer.layout)]
         why = dict(zip(self.fallback, self.reasons, strict=True))
         for layer in self.layers:
             if layer not in kept:

@@ -46,6 +46,9 @@ def shared_positions(layer: keras.layers.Layer, index: int = 0) -> int | None:
     if not all(isinstance(side, int) for side in sides):
         return None
     spec = linear_maps(layer)[index]
+    if spec.applies is not None:
+        # Which of its matrices the call of that shape used is not known.
+        return None
     dtype = (
         tf.int32 if spec.layout.one_hot else tf.as_dtype(layer.compute_dtype)
     )

@@ -38,6 +38,9 @@ class LinearMap:
             product does not.
         applies: Function of the keyword arguments of a call that says whether
             the call uses this matrix; `None` where every call does.
+        transposed: Where the layout is `two_way`: the map of the calls that
+            use the transpose, `z = canonical(inputs) · Wᵀ`, with canonical
+            inputs `[batch, shared, m]` and cotangents `[batch, shared, n]`.
     """
 
     variables: tuple[Any, ...]
@@ -47,6 +50,25 @@ class LinearMap:
     with_arguments: bool = False
     block: str | None = None
     applies: Callable[..., bool] | None = None
+    transposed: LinearMap | None = None
+
+    def __post_init__(self) -> None:
+        own = self.layout
+        if own.two_way != (self.transposed is not None):
+            raise ValueError(
+                "A map has the layout `two_way=True` where it has a "
+                "`transposed` one, and only there. Received: "
+                f"layout={own!r}, transposed={self.transposed!r}"
+            )
+        if self.transposed is None:
+            return
+        other = self.transposed.layout
+        if own.lead or (own.rows, own.columns) != (other.columns, other.rows):
+            raise ValueError(
+                "A matrix that is used both ways has no groups and no bias, "
+                "and its `transposed` map inputs and outputs exchanged. "
+                f"Received: layout={own!r}, transposed layout={other!r}"
+            )
 
 
 @dataclass(frozen=True)

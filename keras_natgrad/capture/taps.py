@@ -19,7 +19,13 @@ from keras_natgrad.capture.registry import (
     may_support,
 )
 from keras_natgrad.capture.replaced_call import replace_call, restore_call
-from keras_natgrad.linalg import Rows, StructuredRows, homogeneous
+from keras_natgrad.linalg import (
+    Rows,
+    StructuredRows,
+    TwoWayCotangents,
+    TwoWayRows,
+    homogeneous,
+)
 
 
 class LayerUse(NamedTuple):
@@ -98,11 +104,20 @@ class LayerRecord:
 
     @property
     def _uses(self) -> list[LayerUse]:
-        """The uses of the layer that are uses of this matrix."""
-        applies = self.spec.applies
-        if applies is None:
+        """The uses of the layer that are uses of this matrix.
+
+        Those of its transpose come last.
+        """
+        spec = self.spec
+        uses = self._uses_of(spec)
+        if spec.transposed is not None:
+            uses = [*uses, *self._uses_of(spec.transposed)]
+        return uses
+
+    def _uses_of(self, spec: LinearMap) -> list[LayerUse]:
+        if spec.applies is None:
             return self._recorded.uses
-        return [u for u in self._recorded.uses if applies(**u.arguments)]
+        return [u for u in self._recorded.uses if spec.applies(**u.arguments)]
 
     def lacks_batch(self, batch: int | None) -> bool:
         """Returns whether static shapes show a use without the batch axis.
@@ -113,50 +128,51 @@ class LayerRecord:
         first = [z.shape[0] for z in self.preactivations]
         return any(n and (not batch or n % batch != 0) for n in first)
 
-    def canonical_inputs(self, dtype: Any, batch: tf.Tensor) -> Rows:
+    def canonical_inputs(
+        self, dtype: Any, batch: tf.Tensor
+    ) -> Rows | TwoWayRows:
         """Returns `ā`, `[(groups,) batch, shared, rows]`.
 
         It is homogeneous if the layer has a bias. Several uses of the layer
         count as more shared positions. One-hot inputs stay so, and so do the
-        patches of a layer that was used once.
+        patches of a layer that was used once. Where the layer uses the
+        transpose too, it is a `TwoWayRows`.
         """
-        layout = self.spec.layout
-        if not self._uses:  # The layer took no part in this pass.
-            return tf.zeros([*layout.lead, batch, 1, layout.rows], dtype)
-        parts = [self._own_inputs(use) for use in self._uses]
-        if isinstance(parts[0], StructuredRows):
-            merged = _fold(
-                type(parts[0]).join([part.cast(dtype) for part in parts]), batch
-            )
-        else:
-            merged = _merge([tf.cast(part, dtype) for part in parts], batch)
-            merged = tf.stop_gradient(merged)
-        return merged if layout.bias_shape is None else homogeneous(merged)
+        spec = self.spec
+        direct = _inputs(spec, self._uses_of(spec), dtype, batch)
+        if spec.transposed is None:
+            return direct
+        uses = self._uses_of(spec.transposed)
+        return TwoWayRows(direct, _inputs(spec.transposed, uses, dtype, batch))
 
     def canonical_cotangents(
         self,
         cotangents: Sequence[tf.Tensor | None],
         dtype: Any,
         batch: tf.Tensor,
-    ) -> tf.Tensor:
+    ) -> tf.Tensor | TwoWayCotangents:
         """Returns `g`, `[(groups,) batch, shared, columns]`.
+
+        Where the layer uses the transpose too, it is a `TwoWayCotangents`.
 
         Args:
             cotangents: One per use of the layer, `None` for zero.
             dtype: Dtype of the result.
             batch: Number of examples.
         """
-        layout = self.spec.layout
-        if not self._uses:
-            return tf.zeros([*layout.lead, batch, 1, layout.columns], dtype)
-        parts = [
-            tf.cast(
-                self.spec.cotangents(tf.zeros_like(z) if g is None else g),
-                dtype,
-            )
+        spec = self.spec
+        # The gradient of a product may have lost its static shape.
+        sent = [
+            tf.zeros_like(z) if g is None else tf.ensure_shape(g, z.shape)
             for g, z in zip(cotangents, self.preactivations, strict=True)
         ]
-        return _merge(parts, batch)
+        if spec.transposed is None:
+            return _cotangents(spec, sent, dtype, batch)
+        count = len(self._uses_of(spec))
+        return TwoWayCotangents(
+            _cotangents(spec, sent[:count], dtype, batch),
+            _cotangents(spec.transposed, sent[count:], dtype, batch),
+        )
 
     def own_gradients(
         self, cotangents: Sequence[tf.Tensor | None]
@@ -188,11 +204,41 @@ class LayerRecord:
                     totals[i] = part if total is None else total + part
         return totals
 
-    def _own_inputs(self, use: LayerUse) -> Rows:
-        inputs = tf.stop_gradient(use.inputs)
-        if self.spec.with_arguments:
-            return self.spec.inputs(inputs, **use.arguments)
-        return self.spec.inputs(inputs)
+
+def _inputs(
+    spec: LinearMap, uses: Sequence[LayerUse], dtype: Any, batch: tf.Tensor
+) -> Rows:
+    """Returns the canonical inputs of some uses of one map."""
+    layout = spec.layout
+    if not uses:  # The matrix took no part in this pass.
+        return tf.zeros([*layout.lead, batch, 1, layout.rows], dtype)
+    parts = [_own_inputs(spec, use) for use in uses]
+    if isinstance(parts[0], StructuredRows):
+        merged = _fold(
+            type(parts[0]).join([part.cast(dtype) for part in parts]), batch
+        )
+    else:
+        merged = _merge([tf.cast(part, dtype) for part in parts], batch)
+        merged = tf.stop_gradient(merged)
+    return merged if layout.bias_shape is None else homogeneous(merged)
+
+
+def _own_inputs(spec: LinearMap, use: LayerUse) -> Rows:
+    inputs = tf.stop_gradient(use.inputs)
+    if spec.with_arguments:
+        return spec.inputs(inputs, **use.arguments)
+    return spec.inputs(inputs)
+
+
+def _cotangents(
+    spec: LinearMap, sent: Sequence[tf.Tensor], dtype: Any, batch: tf.Tensor
+) -> tf.Tensor:
+    """Returns the canonical cotangents of some uses of one map."""
+    layout = spec.layout
+    if not sent:
+        return tf.zeros([*layout.lead, batch, 1, layout.columns], dtype)
+    parts = [tf.cast(spec.cotangents(g), dtype) for g in sent]
+    return _merge(parts, batch)
 
 
 def _merge(parts: Sequence[tf.Tensor], batch: tf.Tensor) -> tf.Tensor:

@@ -34,6 +34,8 @@ _FALLBACKS: dict[str, type[GradientBlock]] = {
 }
 _SHARING = ("expand", "reduce")
 _AUTO = "auto"
+# The two names of one block.
+_KRONECKER = ("kronecker", "kfac")
 # One name for all layers, or one per pattern.
 Choices: TypeAlias = str | Mapping[Any, str]
 
@@ -106,6 +108,13 @@ class BlockOptions:
 
     def block_of(self, layer: LayerPlan) -> str:
         """Returns a layer's block: chosen, its own, or the default."""
+        kind = self._kind_of(layer)
+        # One Kronecker product does not hold both uses of a matrix.
+        if layer.layout.two_way and kind in _KRONECKER:
+            return "tied"
+        return kind
+
+    def _kind_of(self, layer: LayerPlan) -> str:
         chosen = self.block
         if isinstance(chosen, Mapping):
             chosen = first_match(chosen, layer.label) or _AUTO
@@ -114,7 +123,8 @@ class BlockOptions:
         if chosen in (_AUTO, "kronecker") and layer.block:
             return layer.block
         if chosen == _AUTO:
-            return "feature_scaled" if layer.reads_inputs else "kronecker"
+            scaled = layer.reads_inputs and not layer.layout.two_way
+            return "feature_scaled" if scaled else "kronecker"
         return chosen
 
     def sharing_of(self, layer: LayerPlan) -> str:
@@ -183,6 +193,7 @@ def make_entries(
                 layer.layout.columns,
                 groups=layer.layout.groups,
                 one_hot=layer.layout.one_hot,
+                two_way=layer.layout.two_way,
                 biased=layer.layout.bias_shape is not None,
             ),
             weight_sharing=options.sharing_of(layer),

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
 from keras_natgrad.curvature.cotangents import OutputTerm
-from keras_natgrad.linalg import multiply, take_examples
+from keras_natgrad.linalg import Rows, TwoWayRows, slopes, take_examples
 
 
 def jacobian_vector_products(
@@ -128,20 +128,29 @@ def estimated_gram(
         lambda: proportional_sample(backward.sizes, examples),
     )
     pairs = [
-        (take_examples(a, rows), tf.gather(g, rows, axis=-3))
+        (
+            _take(a, rows),
+            tf.nest.map_structure(lambda g: tf.gather(g, rows, axis=-3), g),
+        )
         for a, g in zip(captured.inputs, backward.cotangents, strict=True)
     ]
     projected = []
     for direction in directions:
-        slopes = [
-            _sum_by_example(g * multiply(a, matrix))
+        own = [
+            slopes(a, g, matrix)
             for (a, g), matrix in zip(pairs, direction, strict=True)
         ]
-        projected.append(tf.add_n(slopes))
+        projected.append(tf.add_n(own))
     stacked = tf.stack(projected)
     weights = tf.cast(weights, stacked.dtype)
     gram = tf.matmul(stacked * weights, stacked, transpose_b=True)
     return tf.ensure_shape(gram, [len(directions), len(directions)])
+
+
+def _take(inputs: Rows | TwoWayRows, rows: tf.Tensor) -> Rows | TwoWayRows:
+    if isinstance(inputs, TwoWayRows):
+        return inputs.take(rows)
+    return take_examples(inputs, rows)
 
 
 def proportional_sample(
@@ -168,10 +177,3 @@ def proportional_sample(
     rows = tf.minimum(tf.reduce_sum(below, axis=1), tf.size(sizes) - 1)
     weights = tf.math.divide_no_nan(total[-1] / count, tf.gather(sizes, rows))
     return rows, weights
-
-
-def _sum_by_example(values: tf.Tensor) -> tf.Tensor:
-    """Returns the sums over all axes but the batch, the third from last."""
-    if values.shape.rank == 4:
-        values = tf.reduce_sum(values, axis=0)
-    return tf.reduce_sum(values, axis=[1, 2])

@@ -8,11 +8,14 @@ from keras_natgrad.linalg.kronecker import (
     trace_norm_ratio,
 )
 from keras_natgrad.linalg.one_hot import OneHot
+from keras_natgrad.linalg.operator_sum import OperatorSum
 from keras_natgrad.linalg.patches import Patches
+from keras_natgrad.linalg.pencil import Pencil, pencil
 from keras_natgrad.linalg.psd import (
     DampedInverse,
     DampedSolution,
     damped_inverse,
+    damped_inverse_root,
     damped_solve,
     pseudo_inverse_solve,
 )
@@ -30,6 +33,12 @@ from keras_natgrad.linalg.rows import (
 from keras_natgrad.linalg.scalars import scalar
 from keras_natgrad.linalg.signs import random_signs
 from keras_natgrad.linalg.small import append_row, transposed
+from keras_natgrad.linalg.two_way import (
+    TwoWayCotangents,
+    TwoWayRows,
+    contract_rows,
+    slopes,
+)
 from keras_natgrad.linalg.windows import Window, padded
 
 __all__ = [
@@ -37,13 +46,19 @@ __all__ = [
     "DampedInverses",
     "DampedSolution",
     "OneHot",
+    "OperatorSum",
     "Patches",
+    "Pencil",
     "Rows",
     "StructuredRows",
+    "TwoWayCotangents",
+    "TwoWayRows",
     "Window",
     "append_row",
     "block_diagonal",
+    "contract_rows",
     "damped_inverse",
+    "damped_inverse_root",
     "damped_inverses",
     "damped_solve",
     "flatten_matrix",
@@ -51,12 +66,14 @@ __all__ = [
     "kronecker_operator",
     "multiply",
     "padded",
+    "pencil",
     "position_count",
     "position_mean",
     "pseudo_inverse_solve",
     "random_signs",
     "scalar",
     "scale_examples",
+    "slopes",
     "take_examples",
     "to_dense",
     "trace_norm_ratio",

@@ -89,6 +89,21 @@ def _retry(
     return DampedInverse(result, retries, succeeded)
 
 
+def damped_inverse_root(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+    """Returns `L⁻¹` of the Cholesky factor of `M + damping I = L Lᵀ`.
+
+    A failed factorisation is repeated as in `damped_inverse`.
+
+    Args:
+        matrix: Tensor `[..., n, n]`, symmetric positive semi-definite.
+        damping: Tensor `[...]` or scalar, non-negative.
+
+    Returns:
+        A `DampedInverse`, whose inverse is that of the factor.
+    """
+    return _retry(inverse_cholesky, matrix, damping)
+
+
 class DampedSolution(NamedTuple):
     """Result of `damped_solve`.
 

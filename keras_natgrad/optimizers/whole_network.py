@@ -67,6 +67,10 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
     # -- State -----------------------------------------------------------
 
     @override
+    def choose_layers(self, plan: Plan) -> Plan:
+        return plan.only_one_way("used as its transpose too")
+
+    @override
     def build_curvature(self, plan: Plan, variables: list[Any]) -> None:
         shapes = [tuple(variable.shape) for variable in variables]
         kind = _preconditioner(self.solver)

@@ -154,13 +154,13 @@ def test_soft_cap_leaves_the_projection_out():
     assert spec.variables == (layer.embeddings,)
 
 
-def test_tied_weights_fall_back():
-    layer = layers.ReversibleEmbedding(DEPTH, FEATURES)
+def test_tied_weights_with_a_soft_cap_fall_back():
+    layer = layers.ReversibleEmbedding(DEPTH, FEATURES, logit_soft_cap=5.0)
     ids = keras.Input((2,), dtype="int32")
     model = keras.Model(ids, layer(layer(ids), reverse=True))
     plan = make_plan(model, model.trainable_variables)
     assert plan.layers == () and plan.fallback == (0,)
-    assert "tied to the output projection" in plan.reasons[0]
+    assert "with `logit_soft_cap`" in plan.reasons[0]
 
 
 class Positions(keras.layers.Layer):

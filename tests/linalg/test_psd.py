@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from keras_natgrad.linalg import (
     damped_inverse,
+    damped_inverse_root,
     damped_solve,
     pseudo_inverse_solve,
 )
@@ -37,6 +38,23 @@ def test_equals_the_dense_inverse(mode, damping):
     np.testing.assert_allclose(inverse, expected, rtol=1e-11, atol=1e-13)
     np.testing.assert_array_equal(inverse, inverse.T)
     assert (retries, succeeded) == (0, True)
+
+
+@pytest.mark.parametrize("size", [3, 150])
+def test_root_of_the_inverse(size):
+    matrix = positive_matrix(size)
+    result = damped_inverse_root(
+        tf.constant(matrix), tf.constant(0.1, tf.float64)
+    )
+    root = result.inverse.numpy()
+    damped = matrix + 0.1 * np.eye(size)
+    np.testing.assert_allclose(root @ damped @ root.T, np.eye(size), atol=1e-11)
+    np.testing.assert_array_equal(root, np.tril(root))
+    assert (int(result.retries), bool(result.succeeded)) == (0, True)
+    # Without damping a zero matrix has no root.
+    zero = tf.zeros([size, size], tf.float64)
+    result = damped_inverse_root(zero, tf.constant(0.0, tf.float64))
+    assert not bool(result.succeeded)
 
 
 @pytest.mark.parametrize("mode", ["graph", "xla"])

@@ -13,11 +13,6 @@ import numpy as np
 layers = keras.layers
 ops = keras.ops
 
-TIED = (
-    "ReversibleEmbedding: embedding tied to the output projection, "
-    "used as E and as Eᵀ"
-)
-
 
 class Case(NamedTuple):
     """A model and how to train it.
@@ -127,7 +122,6 @@ def gpt(depth=1, width=8, heads=2, length=6, vocabulary=11):
         lambda size: text(size, length, vocabulary),
         cross_entropy(),
         0.8,
-        (TIED,),
     )
 
 

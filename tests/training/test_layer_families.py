@@ -9,6 +9,7 @@ import keras_natgrad as kng
 from keras_natgrad.capture import registry
 from keras_natgrad.capture.embedding import describe_embedding
 from keras_natgrad.curvature import estimated_gram, fisher_gram
+from keras_natgrad.curvature.cotangents import column_cotangents
 from keras_natgrad.curvature.factor_columns import Columns
 from keras_natgrad.curvature.network_factor import NetworkFactor
 from tests.curvature.conftest import Recorded
@@ -58,7 +59,25 @@ def batch_normalised():
     )
 
 
-MODELS = {"transformer": (transformer, text), "batch": (batch_normalised, data)}
+def language():
+    """The embedding is tied to the output projection."""
+    ids = keras.Input((LENGTH,), dtype="int32")
+    tied = layers.ReversibleEmbedding(TOKENS, WIDTH, mask_zero=True)
+    x = layers.LayerNormalization()(tied(ids))
+    x = layers.Dense(WIDTH, "tanh")(x)
+    return keras.Model(ids, tied(x, reverse=True))
+
+
+def next_tokens(size=24, seed=0):
+    ids, _ = text(size, seed)
+    return ids, (ids + 1) % TOKENS
+
+
+MODELS = {
+    "transformer": (transformer, text),
+    "batch": (batch_normalised, data),
+    "language": (language, next_tokens),
+}
 OPTIMIZERS = {"kfac": kng.KFAC, "natural": kng.NaturalGradient}
 
 
@@ -110,6 +129,18 @@ def test_eager_graph_and_xla_agree(task, float64):
     assert losses[0][-1] < losses[0][0]
 
 
+def test_last_batch_is_smaller(float64):
+    """A graph that does not know the batch size equals eager steps."""
+    x, y = next_tokens(20)
+    trained = [
+        compiled(model, run_eagerly=eager)
+        for model, eager in zip(models(language, 2), (True, False), strict=True)
+    ]
+    for model in trained:
+        model.fit(x, y, epochs=2, **FIT)
+    assert_close(*map(weights, trained), 1e-9, 1e-12)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_saved_and_resumed_bit_for_bit(task, name, tmp_path):
     make, x, y = task
@@ -144,7 +175,7 @@ def test_sparse_gradients(accumulation, clipping, float64, monkeypatch):
     """The gradient of an embedding comes as rows; it acts like a dense one."""
     x, y = text()
 
-    class Dense(layers.Embedding):
+    class DenseGradient(layers.Embedding):
         """An embedding whose gradient is dense."""
 
         def call(self, ids):
@@ -152,9 +183,9 @@ def test_sparse_gradients(accumulation, clipping, float64, monkeypatch):
             return one_hot @ self.embeddings
 
     monkeypatch.setattr(registry, "_LAYERS", dict(registry._LAYERS))
-    kng.register_layer(Dense)(describe_embedding)
+    kng.register_layer(DenseGradient)(describe_embedding)
     trained = []
-    for embedding in (layers.Embedding, Dense):
+    for embedding in (layers.Embedding, DenseGradient):
         keras.utils.set_random_seed(1)
         model = keras.Sequential(
             [
@@ -174,10 +205,12 @@ def test_sparse_gradients(accumulation, clipping, float64, monkeypatch):
 
 
 @pytest.mark.slow
-def test_distributed(mirrored_strategy):
-    x, y = text(16)
+@pytest.mark.parametrize("name", ["transformer", "language"])
+def test_distributed(name, mirrored_strategy):
+    make, load = MODELS[name]
+    x, y = load(16)
     with mirrored_strategy.scope():
-        model = compiled(transformer(), run_eagerly=False)
+        model = compiled(make(), run_eagerly=False)
     losses = model.fit(x, y, epochs=2, batch_size=16, verbose=0).history["loss"]
     assert np.all(np.isfinite(losses))
 
@@ -210,17 +243,102 @@ def test_frozen_layers(task):
     assert_equal([v.numpy() for layer in frozen for v in layer.weights], before)
 
 
-def test_tied_weights_train_with_a_reason(recwarn):
-    x, _ = text()
-    ids = keras.Input((LENGTH,), dtype="int32")
-    tied = layers.ReversibleEmbedding(TOKENS, WIDTH)
-    hidden = layers.Dense(WIDTH, "tanh")(tied(ids))
-    model = keras.Model(ids, tied(hidden, reverse=True))
-    compiled(model)
-    losses = [float(model.train_on_batch(x, x)) for _ in range(6)]
+def test_tied_weights_are_captured(capsys):
+    model = compiled(language())
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.summary()
+    table = capsys.readouterr().out
+    row = f"diag {TOKENS} ⊗ {WIDTH}² + {TOKENS}²"
+    assert "tied" in table and row in table
+    assert "captured 100.0%" in table
+
+
+def test_tied_weights_with_a_chosen_block():
+    x, y = next_tokens()
+    for chosen in ("diagonal", "kronecker", "kfac", "full"):
+        block = {"reversible*": chosen}
+        model = compiled(language(), kng.KFAC(block=block, damping=0.1))
+        losses = [float(model.train_on_batch(x, y)) for _ in range(6)]
+        assert losses[-1] < losses[0]
+        kinds = {e.block.kind for e in model.optimizer.curvature.entries}
+        own = chosen if chosen in ("diagonal", "full") else "tied"
+        assert own in kinds
+
+
+def test_tied_weights_refreshed_on_the_host(float64):
+    x, y = next_tokens()
+    trained = [
+        compiled(model, kng.KFAC(refresh_where=where))
+        for model, where in zip(
+            models(language, 2), ("graph", "host"), strict=True
+        )
+    ]
+    for model in trained:
+        model.fit(x, y, epochs=4, **FIT)
+    left, right = (model.optimizer.statistics for model in trained)
+    assert left["refreshes"] == right["refreshes"] > 1
+    assert_close(*map(weights, trained), 1e-9, 1e-12)
+
+
+def test_tied_weights_that_are_excluded():
+    x, y = next_tokens()
+    model, optimizer = language(), kng.KFAC(damping=0.1)
+    optimizer.attach(model, exclude=[layers.ReversibleEmbedding])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, run_eagerly=True)
+    with pytest.warns(UserWarning, match="ReversibleEmbedding: excluded"):
+        losses = [float(model.train_on_batch(x, y)) for _ in range(6)]
     assert losses[-1] < losses[0]
-    (warning,) = [w for w in recwarn if "fallback" in str(w.message)]
-    assert "tied to the output projection" in str(warning.message)
+
+
+@pytest.mark.parametrize("make", [kng.NaturalGradient, kng.PRONG, kng.RNGD])
+def test_tied_weights_under_other_optimizers(make, recwarn):
+    """They take the layer as they did: by its Jacobian, or a fallback."""
+    x, y = next_tokens()
+    model = compiled(language(), make())
+    losses = [float(model.train_on_batch(x, y)) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    plan = model.optimizer._plan
+    assert any("ReversibleEmbedding" in reason for reason in plan.reasons)
+    assert [e.layer_class for e in plan.layers].count("Dense") == 1
+
+
+def test_products_of_tied_weights(float64):
+    """The estimate of `δᵀFδ`, over the columns of L, is the product."""
+    model = language()
+    rng = np.random.default_rng(0)
+    for variable in model.weights:
+        variable.assign(rng.normal(size=tuple(variable.shape)))
+    x, _ = text(5)
+    recorded = Recorded(model, tf.constant(x), ["categorical"])
+    assert not recorded.captured.fallbacks
+    curvature = recorded.curvature
+    directions = [
+        [tf.constant(rng.normal(size=v.shape)) for v in recorded.variables]
+        for _ in range(2)
+    ]
+    exact = fisher_gram(
+        recorded.tape,
+        recorded.terms,
+        [v.value for v in recorded.variables],
+        directions,
+    )
+    matrices = [curvature.to_matrices(each) for each in directions]
+    columns = recorded.terms[0].column_count()
+    estimated = 0.0
+    for column in range(int(columns)):
+        # Positions of one example add up before the square, so that they are
+        # sent one at a time.
+        for position in range(LENGTH):
+            sent = column_cotangents(
+                recorded.terms, 0, tf.constant(column), tf.constant([0, 0])
+            )
+            mask = np.eye(LENGTH)[position][:, np.newaxis]
+            backward = recorded.captured.backward([sent[0] * mask])
+            estimated += estimated_gram(
+                recorded.captured, backward, matrices, 100
+            )
+    np.testing.assert_allclose(estimated, exact, rtol=1e-9)
 
 
 class Positions(keras.layers.Layer):
