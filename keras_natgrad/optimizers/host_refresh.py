@@ -12,8 +12,11 @@ import tensorflow as tf
 
 from keras_natgrad.curvature import BlockDiagonal
 
-# Pause of the thread after a block, in times of what the block took.
+# Pause of the thread after a block, in times of what the block took, and at
+# most in seconds; a block that took less than `_FELT` disturbs no step.
 _REST = 3.0
+_LONGEST_PAUSE = 1.0
+_FELT = 0.005
 
 
 class Refreshed(NamedTuple):
@@ -132,11 +135,18 @@ class HostRefresh:
                 more_retries, more_failures = entry.block.refresh(own, ratio)
                 retries += int(more_retries)
                 failures += int(more_failures)
-                if self._threaded and not self._awaited.is_set():
-                    # The steps that go on meanwhile want the same cores: a
-                    # pause after each block spreads the work over them.
-                    self._awaited.wait(_REST * (time.perf_counter() - started))
+                if self._threaded:
+                    self._pause(time.perf_counter() - started)
         return Refreshed(retries, failures)
+
+    def _pause(self, seconds: float) -> None:
+        """Waits after a block that took so long, unless training does.
+
+        The steps that go on meanwhile want the same cores: pauses spread the
+        work over them.
+        """
+        if seconds > _FELT:
+            self._awaited.wait(min(_REST * seconds, _LONGEST_PAUSE))
 
     def _pairs(self) -> list[tuple[Any, Any]]:
         own = self._optimizer.curvature.entries

@@ -112,6 +112,20 @@ def test_embedding(policy):
     assert_unrounded(gradients[id(layer.embeddings)], expected)
 
 
+def test_tied_embedding(policy):
+    """A matrix that is used as its transpose, too."""
+    layer = keras.layers.ReversibleEmbedding(5, 3, dtype=policy)
+    inputs = keras.Input((4,), dtype="int32")
+    hidden = keras.layers.Activation("tanh", dtype=policy)(layer(inputs))
+    model = keras.Model(inputs, layer(hidden, reverse=True))
+    ids = RNG.integers(0, 5, size=(32, 4))
+    tape, loss, gradients = taped(model, ids)
+    (_, h), (g, u) = cotangents(tape, loss, layer)
+    expected = np.einsum("btv,btd->vd", u, h)
+    np.add.at(expected, ids, g)
+    assert_unrounded(gradients[id(layer.embeddings)], expected)
+
+
 def test_several_uses(policy):
     """A layer whose second input is its first output."""
     shared = keras.layers.Dense(4, "tanh", dtype=policy)

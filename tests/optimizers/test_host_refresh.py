@@ -1,6 +1,7 @@
 """Inverses refreshed between steps, and while the next steps run."""
 
 import threading
+import time
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_natgrad as kng
+from keras_natgrad.optimizers import host_refresh
 from tests.training.networks import (
     assert_close,
     assert_equal,
@@ -232,3 +234,16 @@ def test_refused_on_several_replicas(mirrored_strategy):
             mlp(), kng.KFAC(refresh_where="host"), run_eagerly=False
         )
         model.fit(*data(), **FIT)
+
+
+def test_a_step_that_waits_ends_the_pauses(monkeypatch):
+    """Pauses of a minute do not hold up who waits for the inverses."""
+    for name, value in (("_REST", 1e9), ("_LONGEST_PAUSE", 60), ("_FELT", 0)):
+        monkeypatch.setattr(host_refresh, name, value)
+    model, steps = trained()
+    steps(10)  # The eleventh step in all asks.
+    refreshes = model.optimizer.statistics["refreshes"]
+    started = time.monotonic()
+    model.optimizer._host_refresh.finish()
+    assert time.monotonic() - started < 30
+    assert model.optimizer.statistics["refreshes"] == refreshes + 1
