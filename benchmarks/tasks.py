@@ -108,8 +108,9 @@ class Task:
         for start in range(0, len(x), self.eval_batch):
             part = slice(start, start + self.eval_batch)
             outputs = model(x[part], training=False)
-            # A network in half precision is judged in full precision.
-            score = self.score(y[part], ops.cast(outputs, "float32"))
+            if outputs.dtype.size == 2:  # Half precision is judged in full.
+                outputs = ops.cast(outputs, "float32")
+            score = self.score(y[part], outputs)
             total += float(score) * len(x[part])
         return total / len(x)
 

@@ -39,7 +39,7 @@ OPTIMIZERS = {
         0.3, 0.01, horizon=2, momentum=0.5, identity_start=True, **kw
     ),
     "line_search": lambda **kw: kng.NaturalGradient(kng.LineSearch(), **kw),
-    "prong": kng.PRONG,
+    "prong": lambda **kw: kng.PRONG(**{"learning_rate": 0.3, **kw}),
     "prong_momentum": lambda **kw: kng.PRONG(
         0.2, 0.5, 0.1, False, curvature_update_period=1, **kw
     ),
