@@ -5,10 +5,9 @@ from __future__ import annotations
 import keras
 
 from keras_natgrad._compat import LayerGraph, layer_graph
-from keras_natgrad.capture.patterns import class_names
 
 # Layers after which a feature is still one feature of the input; by name, as
-# tf_keras has them too.
+# tf_keras, which need not be installed, has them too.
 _KEEPING_FEATURES = (
     "Concatenate",
     "Dropout",
@@ -48,7 +47,7 @@ def _readers_of(source: int, graph: LayerGraph) -> set[int]:
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            classes = class_names(layer)
+            classes = _library_classes(layer)
             if "Dense" in classes:
                 readers.add(id(layer))
             elif any(name in classes for name in _KEEPING_FEATURES):
@@ -56,3 +55,15 @@ def _readers_of(source: int, graph: LayerGraph) -> set[int]:
             elif "Model" in classes:
                 readers |= readers_of_inputs(layer)
     return readers
+
+
+def _library_classes(layer: keras.layers.Layer) -> set[str]:
+    """Returns the names of a layer's classes that are Keras's or tf_keras's.
+
+    What a user's class does is not known by its name.
+    """
+    return {
+        each.__name__
+        for each in type(layer).__mro__
+        if each.__module__.partition(".")[0] in ("keras", "tf_keras")
+    }

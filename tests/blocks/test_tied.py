@@ -349,7 +349,7 @@ def test_compiles(build_block, size, jit_compile):
     dense = damped(*kept(data.factors("expand"), size), DAMPING)
     expected = solved(dense, data.gradient)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert error < 1e-10
+    assert error < (1e-10 if jit_compile else 1e-12)
     assert [int(count) for count in counts] == [0, 0]
 
 

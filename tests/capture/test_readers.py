@@ -68,3 +68,18 @@ def test_a_subclassed_model_does_not_say():
     model = Model()
     model(keras.ops.ones((1, 3)))
     assert readers_of_inputs(model) == set()
+
+
+def test_classes_of_users_are_not_known_by_their_names():
+    class Dense(layers.Layer):
+        def call(self, x):
+            return x
+
+    class Own(layers.Dense):
+        pass
+
+    for layer, expected in (
+        (Dense(name="a"), set()),
+        (Own(2, name="b"), {"b"}),
+    ):
+        assert names(keras.Sequential([keras.Input((3,)), layer])) == expected
