@@ -9,15 +9,19 @@ Accelerator: None
 Every method is run at two learning rates and with several seeds; the rate with
 the best mean validation accuracy after the last epoch is shown. The training
 cost includes the penalty. Seconds are those of `fit` alone, without the first
-step, which traces and compiles; measuring does not count.
+steps, which trace and compile; measuring does not count.
 
     python examples/rngd_mnist.py
     python examples/rngd_mnist.py --data mnist.npz --epochs 50 --seeds 5
+    python examples/rngd_mnist.py --data mnist.npz --methods K-FAC FOOF RNGD \
+        "RNGD horizon 2" "RNGD horizon full" --epochs 100 --seconds 20
 
 The first runs offline, on the 8×8 digits that come with scikit-learn; the
 second reads an `.npz` file in the layout of `keras.datasets.mnist`, and
-`--data mnist` downloads that. `--shape 80 60 40 40 40 20` and the like give
-the deeper networks of the document.
+`--data mnist` downloads that. The third compares curvatures at equal seconds.
+`--shape 80 60 40 40 40 20` and the like give the deeper networks of the
+document. `--first-seed` and `--out` share the seeds out over processes, and
+`--stored a.json b.json` draws what they wrote.
 """
 
 from __future__ import annotations
@@ -51,10 +55,24 @@ METHODS = {
     "Adam": ("adam", ""),
     "Adam BNB": ("adam", "before"),
     "Adam BNA": ("adam", "after"),
+    "K-FAC": ("kfac", ""),
+    "FOOF": ("foof", ""),
+    "RNGD horizon 2": ("rngd 2", ""),
+    "RNGD horizon full": ("rngd full", ""),
 }
 # The others are a matter of `--methods`.
-DEFAULT_METHODS = [name for name in METHODS if not name.startswith("SGD BN")]
-COLORS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
+DEFAULT_METHODS = [
+    "RNGD",
+    "RNGD, authors' setting",
+    "SGD",
+    "Adam",
+    "Adam BNB",
+    "Adam BNA",
+]
+COLORS = dict(zip(METHODS, plt.get_cmap("tab20").colors, strict=False))
+# Steps that the training function makes at a call: a call costs as much as a
+# few small steps.
+STEPS_PER_CALL = 50
 
 
 # ---- Data and model --------------------------------------------------------
@@ -107,6 +125,14 @@ def make_optimizer(kind: str, rate: float) -> keras.optimizers.Optimizer:
         return keras.optimizers.SGD(rate)
     if kind == "adam":
         return keras.optimizers.Adam(rate)
+    if kind == "kfac":  # It chooses the rate itself.
+        return kng.KFAC()
+    if kind == "foof":
+        return kng.PRONG(rate)
+    if kind == "rngd 2":
+        return kng.RNGD(rate, horizon=2)
+    if kind == "rngd full":
+        return kng.RNGD(rate, horizon="full")
     if kind == "rngd":
         return kng.RNGD(rate)
     return kng.RNGD(
@@ -156,17 +182,25 @@ def train(run: Run, splits: dict, arguments: argparse.Namespace) -> None:
     if hasattr(optimizer, "attach"):
         optimizer.attach(model)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss, metrics=["accuracy"])
     batches = (
         tf.data.Dataset.from_tensor_slices((x, y))
         .cache()
         .shuffle(len(x), seed=run.seed)
         .batch(arguments.batch_size, drop_remainder=True)
-        .prefetch(2)
+        .prefetch(tf.data.AUTOTUNE)
+    )
+    model.compile(
+        optimizer,
+        loss,
+        metrics=["accuracy"],
+        steps_per_execution=steps_per_call(len(batches)),
+        jit_compile=False,
     )
     warm_up(model, batches)
     elapsed = 0.0
     for _ in range(arguments.epochs):
+        if arguments.seconds is not None and elapsed >= arguments.seconds:
+            break
         started = time.perf_counter()
         model.fit(batches, verbose=0)
         elapsed += time.perf_counter() - started
@@ -174,20 +208,26 @@ def train(run: Run, splits: dict, arguments: argparse.Namespace) -> None:
         _, accuracy = model.evaluate(
             *splits["validation"], batch_size=1000, verbose=0
         )
-        run.seconds.append(elapsed)
-        run.cost.append(cost)
-        run.accuracy.append(accuracy)
+        run.seconds.append(round(elapsed, 3))
+        run.cost.append(round(cost, 5))
+        run.accuracy.append(round(accuracy, 5))
     _, run.test_accuracy = model.evaluate(
         *splits["test"], batch_size=1000, verbose=0
     )
 
 
+def steps_per_call(steps: int) -> int:
+    """Returns the largest number below `STEPS_PER_CALL` that divides them."""
+    counts = range(min(steps, STEPS_PER_CALL), 0, -1)
+    return next(count for count in counts if steps % count == 0)
+
+
 def warm_up(model: keras.Model, batches: tf.data.Dataset) -> None:
-    """Traces and compiles the training step; all variables stay the same."""
+    """Traces the training function; all variables stay the same."""
     model.optimizer.build(model.trainable_variables)
     variables = [*model.variables, *model.optimizer.variables]
     before = [variable.numpy() for variable in variables]
-    model.fit(batches.take(1), verbose=0)
+    model.fit(batches.take(steps_per_call(len(batches))), verbose=0)
     for variable, value in zip(variables, before, strict=True):
         variable.assign(value)
 
@@ -210,6 +250,11 @@ def best_rates(runs: list[Run]) -> dict[str, list[Run]]:
     }
 
 
+def rate_label(run: Run) -> str:
+    """Returns the rate as text; K-FAC chooses its own."""
+    return "auto" if METHODS[run.method][0] == "kfac" else f"{run.rate:g}"
+
+
 def print_table(best: dict[str, list[Run]]) -> None:
     """Prints one row per method."""
     table = Table(title="After the last epoch, mean over seeds")
@@ -230,7 +275,7 @@ def print_table(best: dict[str, list[Run]]) -> None:
         ]
         table.add_row(
             method,
-            f"{runs[0].rate:g}",
+            rate_label(runs[0]),
             f"{means[0]:.4f}",
             f"{100 * means[1]:.2f}",
             f"{100 * np.mean([run.test_accuracy for run in runs]):.2f}",
@@ -246,12 +291,14 @@ def plot(best: dict[str, list[Run]], title: str, path: Path) -> None:
     )
     figure.suptitle(title)
     for method, runs in best.items():
+        # With a limit in seconds not every seed comes equally far.
+        shortest = min(len(run.cost) for run in runs)
         mean = {
-            name: np.mean([getattr(run, name) for run in runs], axis=0)
+            name: np.mean([getattr(run, name)[:shortest] for run in runs], 0)
             for name in ("seconds", "cost", "accuracy")
         }
         epochs = np.arange(1, len(mean["cost"]) + 1)
-        label = f"{method}, {runs[0].rate:g}"
+        label = f"{method}, {rate_label(runs[0])}"
         for row, name in enumerate(("cost", "accuracy")):
             for column, x in enumerate((epochs, mean["seconds"])):
                 axes[row, column].plot(
@@ -274,37 +321,72 @@ def plot(best: dict[str, list[Run]], title: str, path: Path) -> None:
 # ---- All together ----------------------------------------------------------
 
 
-def main(arguments: argparse.Namespace) -> list[Run]:
-    """Runs everything; prints the table, draws the figure, writes JSON."""
-    images, labels = load(arguments.data)
+def split(images: np.ndarray, labels: np.ndarray) -> dict:
+    """Returns test, validation (a seventh each) and training data."""
     order = np.random.default_rng(2017).permutation(len(images))
-    held_out = order[: len(order) // 7]
-    rest = order[len(order) // 7 : 2 * (len(order) // 7)]
-    parts = {"test": held_out, "validation": rest}
-    parts["train"] = order[2 * (len(order) // 7) :]
-    splits = {name: (images[own], labels[own]) for name, own in parts.items()}
+    part = len(order) // 7
+    parts = {
+        "test": order[:part],
+        "validation": order[part : 2 * part],
+        "train": order[2 * part :],
+    }
+    return {name: (images[own], labels[own]) for name, own in parts.items()}
+
+
+def train_all(splits: dict, arguments: argparse.Namespace) -> list[Run]:
+    """Trains every method at every rate, seed by seed."""
     runs = []
-    for method in arguments.methods:
-        for rate in arguments.learning_rates:
-            for seed in range(arguments.seeds):
+    first = arguments.first_seed
+    for seed in range(first, first + arguments.seeds):
+        for method in arguments.methods:
+            rates = arguments.learning_rates
+            for rate in rates[:1] if METHODS[method][0] == "kfac" else rates:
                 run = Run(method, rate, seed)
                 train(run, splits, arguments)
                 runs.append(run)
-            print(f"{method}, rate {rate:g}: done", flush=True)
+                print(
+                    f"{method}, {rate_label(run)}, seed {seed}: validation "
+                    f"{100 * run.accuracy[-1]:.2f} %, {run.seconds[-1]:.1f} s",
+                    flush=True,
+                )
+                save(runs, arguments)
+    return runs
+
+
+def save(runs: list[Run], arguments: argparse.Namespace) -> None:
+    """Writes what was found so far, where `--out` asks for it."""
+    if not arguments.out:
+        return
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(arguments).items()
+    }
+    results = {"settings": settings, "runs": [asdict(run) for run in runs]}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def stored(paths: list[Path]) -> list[Run]:
+    """Returns the runs of files that `save` wrote."""
+    return [
+        Run(**each)
+        for path in paths
+        for each in json.loads(path.read_text())["runs"]
+    ]
+
+
+def main(arguments: argparse.Namespace) -> list[Run]:
+    """Runs everything; prints the table, draws the figure, writes JSON."""
+    images, labels = load(arguments.data)
+    runs = stored(arguments.stored) if arguments.stored else []
+    if not runs:
+        runs = train_all(split(images, labels), arguments)
     best = best_rates(runs)
     print_table(best)
     widths = "-".join(map(str, [images.shape[1], *arguments.shape, CLASSES]))
     title = f"{widths}, batches of {arguments.batch_size}"
     plot(best, title, arguments.output)
     print(f"Figure: {arguments.output}")
-    if arguments.out:
-        settings = {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in vars(arguments).items()
-        }
-        results = {"settings": settings, "runs": [asdict(run) for run in runs]}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     return runs
 
 
@@ -328,7 +410,11 @@ def parse_arguments() -> argparse.Namespace:
         "--learning-rates", type=float, nargs="+", default=[1e-2, 5e-3]
     )
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument(
+        "--seconds", type=float, help="no epoch begins after so many"
+    )
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--l2", type=float, default=1e-3)
     parser.add_argument(
@@ -338,6 +424,9 @@ def parse_arguments() -> argparse.Namespace:
         help="the figure",
     )
     parser.add_argument("--out", type=Path, help="results as JSON")
+    parser.add_argument(
+        "--stored", type=Path, nargs="+", help="results to draw, not to train"
+    )
     return parser.parse_args()
 
 

@@ -115,6 +115,13 @@ def check_examples(model, layers, x):
                 )
 
 
+def check_both(model, layers, x, **arguments):
+    """Asserts what `check` and `check_examples` do; returns the records."""
+    records = check(model, layers, x, **arguments)
+    check_examples(model, layers, x)
+    return records
+
+
 def randomized(layer, x, seed=0):
     """Builds a layer and gives every weight a random value.
 

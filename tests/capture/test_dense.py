@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from keras_natgrad.capture import linear_maps
 from keras_natgrad.capture.dense import merge_middle_axes
 
-from .conftest import check
+from .conftest import check_both
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -31,7 +31,7 @@ def built(layer, shape):
 def test_any_rank(middle, bias, activation):
     layer = keras.layers.Dense(3, activation=activation, use_bias=bias)
     x = built(layer, (5, *middle, 2))
-    (record,) = check(layer, [layer], x)
+    (record,) = check_both(layer, [layer], x)
     assert record.canonical_inputs("float64", 5).shape == (
         5,
         int(np.prod(middle)),
@@ -49,13 +49,13 @@ def test_random_shapes(shape, units, bias):
     layer = keras.layers.Dense(
         units, activation="sigmoid", use_bias=bias, dtype="float64"
     )
-    check(layer, [layer], built(layer, shape))
+    check_both(layer, [layer], built(layer, shape))
 
 
 def test_homogeneous_coordinate_is_last():
     layer = keras.layers.Dense(3)
     x = built(layer, (5, 2))
-    (record,) = check(layer, [layer], x)
+    (record,) = check_both(layer, [layer], x)
     inputs = record.canonical_inputs("float64", 5).numpy()
     np.testing.assert_array_equal(inputs[:, 0, :2], x)
     np.testing.assert_array_equal(inputs[:, 0, 2], np.ones(5))
@@ -64,7 +64,7 @@ def test_homogeneous_coordinate_is_last():
 def test_activation_layer_and_softmax():
     for activation in (keras.layers.LeakyReLU(), "softmax"):
         layer = keras.layers.Dense(3, activation=activation)
-        check(layer, [layer], built(layer, (5, 2)))
+        check_both(layer, [layer], built(layer, (5, 2)))
 
 
 def test_unknown_batch_and_length():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from keras_natgrad.capture import linear_maps
 from keras_natgrad.capture.einsum_dense import parse_equation
 
-from .conftest import check, check_examples
+from .conftest import check_both
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -67,7 +67,7 @@ def test_equations(equation, output_shape, bias_axes, rows, columns):
     x = built(layer, shape_of(equation))
     (spec,) = linear_maps(layer)
     assert (spec.layout.rows, spec.layout.columns) == (rows, columns)
-    check(layer, [layer], x)
+    check_both(layer, [layer], x)
 
 
 @pytest.mark.parametrize("bias_axes", ["e", "bd", "bde"])
@@ -138,8 +138,7 @@ def test_groups(equation, output_shape, bias_axes, groups, rows, columns):
         columns,
     )
     assert (spec.block == "full") == (rows * columns <= 2)
-    check(layer, [layer], x)
-    check_examples(layer, [layer], x)
+    check_both(layer, [layer], x)
 
 
 @settings(max_examples=15, deadline=None)
@@ -161,31 +160,4 @@ def test_random_shapes_and_output_orders(batch, sizes, order, bias):
         bias_axes=outputs if bias else None,
         dtype="float64",
     )
-    check(layer, [layer], built(layer, (batch, b, c)))
-
-
-@pytest.mark.parametrize("rank", [3, 4])
-def test_attention_projections(rank):
-    """Inner projections of attention are captured like any layer."""
-    attention = keras.layers.MultiHeadAttention(
-        num_heads=2,
-        key_dim=3,
-        value_dim=2,
-        attention_axes=None if rank == 3 else (2,),
-    )
-    shape = (2, 3, 4) if rank == 3 else (2, 2, 3, 4)
-    x = np.random.default_rng(0).normal(size=shape)
-    attention(x, x)
-    for seed, variable in enumerate(attention.weights):
-        variable.assign(
-            np.random.default_rng(seed).normal(size=tuple(variable.shape))
-        )
-    layers = [
-        layer
-        for layer in attention._flatten_layers(include_self=False)
-        if isinstance(layer, keras.layers.EinsumDense)
-    ]
-    assert len(layers) == 4
-    records = check(lambda x: attention(x, x), layers, x)
-    for record in records:
-        assert record.spec.layout.bias_shape is not None
+    check_both(layer, [layer], built(layer, (batch, b, c)))

@@ -10,7 +10,7 @@ from keras_natgrad.capture import Taps, make_plan
 from keras_natgrad.capture.loops import can_fold, unreachable_layers
 from tests.reference.bridge import randomize
 
-from .conftest import check
+from .conftest import check_both
 
 layers = keras.layers
 pytestmark = pytest.mark.usefixtures("float64")
@@ -98,7 +98,7 @@ def test_time_distributed_layers_are_captured(make, steps):
         assert len(record.preactivations) == 1
         assert record.canonical_inputs("float64", 5).shape[:2] == [5, 4]
     with_wrapper = Watched(model)
-    check(with_wrapper, inner, x)
+    check_both(with_wrapper, inner, x)
 
 
 class Watched:
@@ -246,7 +246,7 @@ def test_unrolled_cell_of_layers_is_captured():
     assert unreachable_layers(model) == {}
     found, reasons = reasons_of(model)
     assert found == ["hidden", "dense"] and reasons == ()
-    (record,) = check(model, [hidden], inputs(5, 4, 2))
+    (record,) = check_both(model, [hidden], inputs(5, 4, 2))
     assert record.canonical_inputs("float64", 5).shape == (5, 4, 6)
 
 
