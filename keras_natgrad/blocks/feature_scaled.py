@@ -115,27 +115,16 @@ class FeatureScaledBlock(KroneckerBlock):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         retries, failures = super().refresh(damping, ratio)
         # The inverse and the metric that it was computed in stay together.
-        old = self._metric.value
-        self._metric.assign(tf.where(failures > 0, old, self._scales()))
+        failed = failures > 0
+        scales = self._scales()
+        self._metric.assign(tf.where(failed, self._metric.value, scales))
+        # D^-½ on both sides, once here and not at every step.
+        root = tf.math.rsqrt(scales)
+        inverse = self._input.inverse.value
+        scaled = inverse * root
+        scaled *= root if inverse.shape.rank == 1 else root[:, tf.newaxis]
+        self._input.inverse.assign(tf.where(failed, inverse, scaled))
         return retries, failures
-
-    @override
-    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
-        root = tf.math.rsqrt(self._metric.value)[:, tf.newaxis]
-        return root * super().precondition(root * gradient)
-
-    @override
-    def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
-        metric = self._metric.value
-        # Zero before the first refresh, as the inverse is.
-        root = tf.sqrt(tf.math.divide_no_nan(tf.ones_like(metric), metric))
-        inverse = self._input.inverse.value * root
-        if inverse.shape.rank == 1:
-            inverse *= root
-        else:
-            inverse *= root[:, tf.newaxis]
-        output = self._output.eigenvalues(self._output.inverse.value)
-        return {"input": self._input.eigenvalues(inverse), "output": output}
 
     @override
     def damping_rows(self) -> tf.Tensor | None:

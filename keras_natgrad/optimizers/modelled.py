@@ -30,7 +30,7 @@ from keras_natgrad.step import (
 from keras_natgrad.step.directions import (
     Ridge,
     dot,
-    in_metric,
+    metric_dot,
     pad_gram,
     pad_pair,
     ridge_gram,
@@ -101,8 +101,7 @@ class ModelledOptimizer(RetractingOptimizer):
         metrics = self.curvature.damping_rows()
         squares = [dot(pulled, solved)]
         for velocity in candidates[1:]:
-            rows = zip(velocity, metrics, strict=True)
-            squares.append(dot(velocity, [in_metric(v, d) for v, d in rows]))
+            squares.append(metric_dot(velocity, velocity, metrics))
         norms = pad_pair([tf.sqrt(tf.maximum(each, 0)) for each in squares])
         gram = self._gram(observation, candidates, norms)
         damped = gram + ridge_gram(

@@ -54,21 +54,17 @@ def ridge_gram(
         directions: One or two directions.
         damping: Scalar λ.
         ridge: `Ridge` of every block.
-        metrics: The diagonal D of every block, see `in_metric`.
+        metrics: The diagonal D of every block, see `metric_dot`.
 
     Returns:
         Tensor `[2, 2]`, padded with zeros.
     """
 
     def entry(left: Direction, right: Direction) -> tf.Tensor:
-        parts = []
-        for a, b, own, rows in zip(left, right, ridge, metrics, strict=True):
-            rest = scalar(own.rest, a.dtype)
-            if rows is None:
-                parts.append((damping + rest) * _inner(a, b))
-            else:
-                parts.append(damping * _inner(in_metric(a, rows), b))
-                parts.append(rest * _inner(a, b))
+        parts = [damping * metric_dot(left, right, metrics)]
+        for a, b, own in zip(left, right, ridge, strict=True):
+            if own.rest:
+                parts.append(scalar(own.rest, a.dtype) * _inner(a, b))
             if own.last != own.rest:
                 extra = scalar(own.last - own.rest, a.dtype)
                 parts.append(extra * _inner(a[..., -1, :], b[..., -1, :]))
@@ -84,6 +80,27 @@ def ridge_gram(
             tf.stack([cross, entry(others[0], others[0])]),
         ]
     )
+
+
+def metric_dot(
+    left: Direction, right: Direction, metrics: Sequence[tf.Tensor | None]
+) -> tf.Tensor:
+    """Returns `δ_iᵀ D δ_j` for the diagonal metrics D of the blocks' damping.
+
+    Args:
+        left: One direction.
+        right: Another.
+        metrics: Per block a tensor `[rows]`, the entries of D for the rows of
+            its matrix; `None` for the identity.
+    """
+    parts = []
+    for a, b, rows in zip(left, right, metrics, strict=True):
+        if rows is None:
+            parts.append(_inner(a, b))
+        else:
+            products = tf.reduce_sum(a * b, axis=-1)
+            parts.append(tf.reduce_sum(rows * products))
+    return tf.add_n(parts)
 
 
 def in_metric(matrix: tf.Tensor, rows: tf.Tensor | None) -> tf.Tensor:
