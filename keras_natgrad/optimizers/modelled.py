@@ -40,7 +40,7 @@ from keras_natgrad.step.length import model_change, quadratic_form
 # Examples of a batch that the estimated quadratic model looks at.
 _MODEL_EXAMPLES = 256
 # Most estimates on one batch, of which a small batch takes several.
-_MOST_ESTIMATES = 16
+_MOST_ESTIMATES = 4
 
 
 class SolvedModel(NamedTuple):

@@ -27,6 +27,9 @@ from keras_natgrad.step import QuadraticModel, Refresh, StepLength
 from keras_natgrad.step.damping import check_fraction, check_positive
 from keras_natgrad.step.refresh import check_period
 
+# Damping of `"auto"` where a layer is measured by a response further on.
+_FAR_DAMPING = 1e-2
+
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class RNGD(PreconditionedOptimizer):
@@ -58,7 +61,10 @@ class RNGD(PreconditionedOptimizer):
         learning_rate: α: a float, a
             `keras.optimizers.schedules.LearningRateSchedule` or a callable.
             Defaults to `0.01`.
-        damping: λ, non-negative. Defaults to `0.0`.
+        damping: λ, non-negative, or `"auto"`: 0 for `horizon=1`, else 0.01,
+            because the Fisher of the model's output vanishes where the model
+            becomes sure of its answers, and the relative damping with it.
+            Defaults to `"auto"`.
         relative_damping: ρ, non-negative. Defaults to `1e-4`.
         horizon: Whose response a layer is measured by: `1` for its own, `2`
             for that of the next Dense layer, and so on, the model's output
@@ -128,7 +134,7 @@ class RNGD(PreconditionedOptimizer):
     def __init__(
         self,
         learning_rate: Any = 0.01,
-        damping: float = 0.0,
+        damping: float | str = "auto",
         relative_damping: float = 1e-4,
         horizon: int | str = 1,
         ends: str = "metric",
@@ -148,6 +154,8 @@ class RNGD(PreconditionedOptimizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate, name=name, **kwargs)
+        if damping == "auto":
+            damping = 0.0 if horizon == 1 else _FAR_DAMPING
         self._hide("damping", _check_damping("damping", damping))
         self.relative_damping = _check_damping(
             "relative_damping", relative_damping

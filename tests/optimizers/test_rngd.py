@@ -364,7 +364,7 @@ def test_the_output_layer_needs_no_columns_in_a_graph(
 
 def test_full_horizon_is_the_exact_layerwise_natural_gradient(float64):
     x, y = data()
-    optimizer = kng.RNGD(0.5, horizon="full", relative_damping=1e-2)
+    optimizer = kng.RNGD(0.5, 0.0, 1e-2, horizon="full")
     model = compiled(network("tanh", "linear"), optimizer)
     reference = Reference(model, ["output", "output"], 0.0, False, 1e-2)
     gradients = reference.gradients(x, y)
@@ -449,8 +449,19 @@ def test_config_of_the_metrics_rebuilds_the_state(tmp_path):
     assert [spec["block"] for spec in config["metrics"]] == ["unitwise"] * 3
 
 
+@pytest.mark.parametrize(
+    ("horizon", "damping"), [(1, 0.0), (2, 0.01), ("full", 0.01)]
+)
+def test_damping_by_horizon(horizon, damping):
+    """The Fisher of the output vanishes, the metric of a layer does not."""
+    optimizer = kng.RNGD(horizon=horizon)
+    assert optimizer.damping == damping
+    assert kng.RNGD.from_config(optimizer.get_config()).damping == damping
+    assert kng.RNGD(damping=0.5, horizon=horizon).damping == 0.5
+
+
 BAD = {
-    "damping": [-1.0, "auto", True],
+    "damping": [-1.0, "none", True],
     "relative_damping": [-1e-4, None],
     "horizon": [0, -1, 1.5, "all", True],
     "ends": ["both"],
