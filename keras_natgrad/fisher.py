@@ -40,9 +40,9 @@ def fisher(
         model: A built `keras.Model`.
         x: Inputs of one batch.
         head: The `keras_natgrad.heads.Head` that reads the outputs.
-        approximation: Block name: `"kronecker"` (or `"kfac"`), `"diagonal"`,
-            `"full"`, or a registered one; or a dictionary of patterns and
-            names, as the `block` of `KFAC`.
+        approximation: Block name: `"kronecker"` (or `"kfac"`), `"ekfac"`,
+            `"diagonal"`, `"full"`, or a registered one; or a dictionary of
+            patterns and names, as the `block` of `KFAC`.
         kind: How the Fisher is estimated: `"exact"`, `"propagated"` or
             `"sampled"`.
         layer: Path (or last part of it) of one layer, to return its operator
@@ -114,10 +114,17 @@ def fisher(
         curvature.entries,
         [variable.value for variable in variables],
     )
-    statistics = curvature.statistics(
-        captured, kind, tf.constant([seed, 0], tf.int32)
-    )
-    curvature.accumulate(statistics, tf.constant(0.0, dtype))
+
+    def accumulate() -> None:
+        statistics = curvature.statistics(
+            captured, kind, tf.constant([seed, 0], tf.int32)
+        )
+        curvature.accumulate(statistics, tf.constant(0.0, dtype))
+
+    accumulate()
+    if curvature.update_bases():
+        # Second moments in the bases that the first pass has given.
+        accumulate()
     operators = {}
     for entry in curvature.entries:
         path = variables[entry.variables[0]].path

@@ -25,6 +25,7 @@ PATTERNS = (
     # Variants of what the default run has in another mode or model.
     "tests/training/test_side_effects.py::test_second*no_trace[False]",
     "tests/optimizers/test_every_optimizer.py::test_modes_agree[kfac-xla]",
+    "tests/blocks/test_eigen.py::test_modes_agree[xla]",
     "tests/training/test_head_training.py::test_modes_agree[normal]",
     "tests/models/test_zoo.py::test_trains[autoencoder]",
     "tests/training/test_layer_families.py::test_tied*refreshed_on_the_host",
@@ -32,7 +33,7 @@ PATTERNS = (
     "tests/optimizers/test_retraction.py::test_exploding*taken_back[xla]",
     "tests/training/test_layer_families.py::test_tied*with_a_chosen_block",
     # Further optimizers on two replicas.
-    "tests/distribution/test_mirrored.py::test_a_shared_eigenbasis",
+    "tests/distribution/test_mirrored.py::test_an_eigenbasis[*",
     "tests/distribution/test_mirrored.py::test_halves_of_unequal_weight[kfac]",
     "tests/distribution/test_mirrored.py::test_custom_loop",
     "tests/distribution/test_mirrored.py::test_default_arguments_learn",

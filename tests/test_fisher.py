@@ -63,6 +63,31 @@ def test_full_and_diagonal(head, model):
 
 
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("positions", [None, 4])
+def test_ekfac(positions, weight_sharing):
+    """The diagonal of the exact block, in the eigenbasis of K-FAC."""
+    model = mlp([2, 3, 2], positions=positions)
+    x = np.random.default_rng(0).normal(size=(5, *model.input_shape[1:]))
+    terms = [mean_term("categorical", 5, positions or 1)]
+    trace = network_of(model.layers).trace(x)
+    expected = []
+    for index in range(2):
+        factors = kfac.exact_factors(trace, terms, index, weight_sharing)
+        turn = np.kron(*[np.linalg.eigh(factor)[1] for factor in factors])
+        exact = reference.block(trace, terms, index)
+        scales = np.diag(turn.T @ exact @ turn)
+        expected.append(turn @ np.diag(scales) @ turn.T)
+    head = HEADS["categorical"]
+    operators = kng.fisher(
+        model, x, head, "ekfac", weight_sharing=weight_sharing
+    )
+    for operator, matrix in zip(operators.values(), expected, strict=True):
+        np.testing.assert_allclose(
+            operator.to_dense(), matrix, rtol=1e-10, atol=1e-14
+        )
+
+
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("pool", [False, True])
 def test_sequences(weight_sharing, pool):
     model = mlp([2, 3, 2], positions=4, pool=pool)

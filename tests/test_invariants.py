@@ -2,7 +2,7 @@
 
 One test (or a few) per invariant, numbered as in the survey of the field that
 the design rests on; the source of each is named above it. Those on
-eigenvalue-corrected, input-only, convolutional and dual (kernel) methods come
+input-only, convolutional and dual (kernel) methods come
 with these methods.
 """
 
@@ -279,7 +279,9 @@ def test_invariant_06_diagonal_is_the_diagonal_of_the_full_block(
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu"])
 def test_invariant_07_one_datum_is_exact(head, activation):
     model, x = mlp([3, 4, 3, 2], activation), inputs(1, 3)
-    assert_blocks(package_blocks(model, x, head), dense_blocks(model, x, head))
+    exact = dense_blocks(model, x, head)
+    assert_blocks(package_blocks(model, x, head), exact)
+    assert_blocks(package_blocks(model, x, head, "ekfac"), exact)
 
 
 # The same for a random estimate of the Fisher of one datum.
@@ -461,9 +463,28 @@ def make_variable(name, shape, initializer):
     )
 
 
+# nngeometry; curvlinops test_ekfac_closer_to_exact_than_kfac.
+@ALL_HEADS
+@pytest.mark.parametrize("positions", [None, 3])
+def test_invariant_13_corrected_eigenvalues_are_nearer(head, positions):
+    model = mlp([3, 4, 2], positions=positions)
+    x = inputs(BATCH, *model.input_shape[1:])
+    exact = dense_blocks(model, x, head)
+    distances = [
+        [np.linalg.norm(a - b) for a, b in zip(found, exact, strict=True)]
+        for found in (
+            package_blocks(model, x, head, name) for name in ("ekfac", "kfac")
+        )
+    ]
+    for corrected, plain in zip(*distances, strict=True):
+        assert corrected < plain + 1e-12
+    # The last layer of a Normal is a Kronecker product already.
+    assert distances[0][0] < 0.99 * distances[1][0]
+
+
 # kfac-jax test_matmul; curvlinops test_KFAC_inverse_*_damped_matmat, with two
 # consecutive products to catch damping in place.
-@pytest.mark.parametrize("kind", ["kronecker", "full", "diagonal"])
+@pytest.mark.parametrize("kind", ["kronecker", "ekfac", "full", "diagonal"])
 def test_invariant_16_inverse_undoes_the_damped_block(kind):
     block = create(kind, BlockShape(4, 3))
     block.build(make_variable)
@@ -650,7 +671,9 @@ def test_invariant_19_damping_depends_on_the_coordinates():
 
 # kfac-jax test_tracer *_diff_batch_size; NetKet issue 2229.
 @ALL_HEADS
-@pytest.mark.parametrize("approximation", ["full", "diagonal", "kronecker"])
+@pytest.mark.parametrize(
+    "approximation", ["full", "diagonal", "kronecker", "ekfac"]
+)
 def test_invariant_21_order_of_the_batch_does_not_matter(head, approximation):
     model, x = mlp([3, 4, 2]), inputs(8, 3)
     order = np.random.default_rng(3).permutation(8)
@@ -777,7 +800,9 @@ def assert_untouched(before, after):
 
 
 # curvlinops maybe_exclude_or_shuffle_parameters, and its purity checks.
-@pytest.mark.parametrize("approximation", ["full", "diagonal", "kronecker"])
+@pytest.mark.parametrize(
+    "approximation", ["full", "diagonal", "kronecker", "ekfac"]
+)
 def test_invariant_25_fisher_changes_nothing(approximation):
     model, x = mlp([3, 4, 2]), inputs(BATCH, 3)
     model.layers[0].trainable = False

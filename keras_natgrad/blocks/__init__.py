@@ -2,6 +2,7 @@
 
 from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalBlock
+from keras_natgrad.blocks.eigen import EigenBlock
 from keras_natgrad.blocks.eigen_shared import EigenSharedBlock
 from keras_natgrad.blocks.fallback import (
     GradientBlock,
@@ -25,6 +26,7 @@ __all__ = [
     "BlockShape",
     "CoupledBlock",
     "DiagonalBlock",
+    "EigenBlock",
     "EigenSharedBlock",
     "FeatureScaledBlock",
     "FullBlock",

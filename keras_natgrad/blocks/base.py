@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -13,7 +13,13 @@ import tensorflow as tf
 from keras_natgrad.linalg import Rows, scalar
 
 # Creates one named, saved optimizer variable: (name, shape, initializer).
-VariableFactory = Callable[[str, tuple[int, ...], str], keras.Variable]
+VariableFactory = Callable[[str, tuple[int, ...], Any], keras.Variable]
+
+
+def identities(shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
+    """Initializer of identity matrices, `[..., n, n]`."""
+    dtype = keras.backend.standardize_dtype(dtype)
+    return tf.eye(shape[-1], batch_shape=list(shape[:-2]), dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ class Block(abc.ABC):
         return variable
 
     def add_cache(
-        self, name: str, shape: tuple[int, ...], initializer: str = "zeros"
+        self, name: str, shape: tuple[int, ...], initializer: Any = "zeros"
     ) -> keras.Variable:
         """Adds a variable computed by `refresh`."""
         assert self._add_variable is not None, "build() has not been called"
@@ -247,6 +253,17 @@ class Block(abc.ABC):
                 + (1 - decay) * tf.cast(new, average.dtype)
             )
         self._weight.assign(decay * self._weight.value + (1 - decay))
+
+    def update_basis(self) -> bool:
+        """Finds the basis that statistics of cotangents are taken in, if any.
+
+        `refresh` does so by itself. For who has a single batch, whose
+        statistics are taken once more after this.
+
+        Returns:
+            Whether the block has one.
+        """
+        return False
 
     def averages(self) -> tuple[tf.Tensor, ...]:
         """Returns the debiased running averages."""

@@ -6,13 +6,7 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.blocks.base import Block, BlockShape
-from keras_natgrad.linalg import (
-    Rows,
-    TwoWayRows,
-    contract_rows,
-    position_count,
-    to_dense,
-)
+from keras_natgrad.linalg import Rows, gradient_squares
 
 
 class DiagonalCurvature(Block):
@@ -92,8 +86,9 @@ class DiagonalBlock(DiagonalCurvature):
     """The diagonal of a layer's Fisher, `Σ_n (Σ_s ā_s g_sᵀ)²`.
 
     Where a layer has one shared position the squares factor, and the
-    diagonal is `(ā²)ᵀ g²` without per-example gradients; otherwise these are
-    formed, `N n m` memory for the time of the update.
+    diagonal is `(ā²)ᵀ g²` without per-example gradients. With one-hot inputs
+    only positions of one token meet, `N S²` memory for the time of the update.
+    Otherwise the gradients are formed, `N n m`.
 
     Args:
         shape: `BlockShape`.
@@ -106,19 +101,4 @@ class DiagonalBlock(DiagonalCurvature):
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        def one_position() -> tf.Tensor:
-            dense = to_dense(inputs)
-            return tf.matmul(
-                tf.square(dense[..., 0, :]),
-                tf.square(cotangents[..., 0, :]),
-                transpose_a=True,
-            )
-
-        def several_positions() -> tf.Tensor:
-            gradients = contract_rows(inputs, cotangents)
-            return tf.reduce_sum(tf.square(gradients), axis=-3)
-
-        if isinstance(inputs, TwoWayRows):
-            return (several_positions(),)
-        single = tf.equal(position_count(inputs), 1)
-        return (tf.cond(single, one_position, several_positions),)
+        return (gradient_squares(inputs, cotangents),)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import abc
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.blocks.base import Block, BlockShape, identities
 from keras_natgrad.linalg import (
     Rows,
     contract_rows,
@@ -66,7 +65,7 @@ class MetricBlock(Block):
             name: str, shape: tuple[int, ...], initializer: Any
         ) -> Any:
             if self.identity_start:
-                initializer = _identities if name == "metric" else "ones"
+                initializer = identities if name == "metric" else "ones"
             return (add_sum or add_variable)(name, shape, initializer)
 
         super().build(add, add_metric)
@@ -174,8 +173,3 @@ class UnitMetricBlock(MetricBlock):
     @override
     def moment_of(self, information: tf.Tensor) -> tf.Tensor:
         return tf.linalg.diag_part(information)
-
-
-def _identities(shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
-    dtype = keras.backend.standardize_dtype(dtype)
-    return tf.eye(shape[-1], batch_shape=list(shape[:-2]), dtype=dtype)

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras_natgrad.blocks.base import Block, BlockShape
 from keras_natgrad.blocks.diagonal import DiagonalBlock
+from keras_natgrad.blocks.eigen import EigenBlock
 from keras_natgrad.blocks.feature_scaled import FeatureScaledBlock
 from keras_natgrad.blocks.full import FullBlock
 from keras_natgrad.blocks.identity import IdentityBlock
@@ -17,6 +18,8 @@ from keras_natgrad.blocks.unitwise import CoupledBlock, UnitwiseBlock
 _BLOCKS: dict[str, type[Block]] = {
     "kronecker": KroneckerBlock,
     "kfac": KroneckerBlock,
+    "eigen": EigenBlock,
+    "ekfac": EigenBlock,
     "feature_scaled": FeatureScaledBlock,
     "diagonal": DiagonalBlock,
     "full": FullBlock,

@@ -34,8 +34,10 @@ _FALLBACKS: dict[str, type[GradientBlock]] = {
 }
 _SHARING = ("expand", "reduce")
 _AUTO = "auto"
-# The two names of one block.
-_KRONECKER = ("kronecker", "kfac")
+# The two names of each block that is made of one Kronecker product.
+_KRONECKER = ("kronecker", "kfac", "eigen", "ekfac")
+# Choices that leave layers with a block of their own with it.
+_GENERAL = (_AUTO, "kronecker", "eigen", "ekfac")
 # One name for all layers, or one per pattern.
 Choices: TypeAlias = str | Mapping[Any, str]
 
@@ -49,8 +51,9 @@ class BlockOptions:
             (see `capture.patterns`) and names. The first pattern that matches
             counts; layers without one get the default, `"auto"`:
             `"feature_scaled"` for dense layers that read the model's inputs,
-            `"kronecker"` for the rest. With both of these, layers that a
-            Kronecker product does not suit get their own block.
+            `"kronecker"` for the rest. With both of these and with
+            `"ekfac"`, layers that a Kronecker product does not suit get their
+            own block.
         weight_sharing: `"expand"` or `"reduce"`, for Kronecker factors, or a
             dictionary likewise.
         max_factor_size: Largest side of a dense Kronecker factor.
@@ -120,7 +123,7 @@ class BlockOptions:
             chosen = first_match(chosen, layer.label) or _AUTO
             if chosen != _AUTO:
                 return chosen
-        if chosen in (_AUTO, "kronecker") and layer.block:
+        if chosen in _GENERAL and layer.block:
             return layer.block
         if chosen == _AUTO:
             scaled = layer.reads_inputs and not layer.layout.two_way

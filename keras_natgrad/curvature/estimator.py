@@ -173,6 +173,15 @@ class BlockDiagonal:
         for entry, new in zip(self.entries, statistics, strict=True):
             entry.block.accumulate(new, decay, may_overflow)
 
+    def update_bases(self) -> bool:
+        """Finds the bases that statistics are taken in.
+
+        Returns:
+            Whether there are any, so that the statistics of a single batch
+            have to be taken once more.
+        """
+        return any([entry.block.update_basis() for entry in self.entries])
+
     # -- Curvature -------------------------------------------------------
 
     def mean_eigenvalue(self) -> tf.Tensor:

@@ -1,6 +1,7 @@
 """Pure functions on tensors: inverses, Kronecker products, signs."""
 
 from keras_natgrad.linalg.batched import DampedInverses, damped_inverses
+from keras_natgrad.linalg.eigenbasis import eigenbasis
 from keras_natgrad.linalg.kronecker import (
     block_diagonal,
     flatten_matrix,
@@ -33,6 +34,7 @@ from keras_natgrad.linalg.rows import (
 from keras_natgrad.linalg.scalars import scalar
 from keras_natgrad.linalg.signs import random_signs
 from keras_natgrad.linalg.small import append_row, transposed
+from keras_natgrad.linalg.squares import gradient_squares
 from keras_natgrad.linalg.two_way import (
     TwoWayCotangents,
     TwoWayRows,
@@ -61,7 +63,9 @@ __all__ = [
     "damped_inverse_root",
     "damped_inverses",
     "damped_solve",
+    "eigenbasis",
     "flatten_matrix",
+    "gradient_squares",
     "homogeneous",
     "kronecker_operator",
     "multiply",

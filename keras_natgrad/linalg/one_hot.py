@@ -88,6 +88,26 @@ class OneHot(StructuredRows):
         rows = tf.gather(matrix, self.indices)
         return self.values[..., tf.newaxis] * rows
 
+    def gradient_squares(self, cotangents: tf.Tensor) -> tf.Tensor:
+        """Returns `Σ_n (Σ_s ā_s g_sᵀ)²`, `[depth, m]`, entry by entry.
+
+        With p = value · g, row i is `Σ_n Σ_s 1[i_s = i] p_s Σ_t 1[i_t = i_s]
+        p_t`: the inner sum needs only the positions of one example.
+
+        Args:
+            cotangents: Tensor `[batch, shared, m]`.
+        """
+        products = self.values[..., tf.newaxis] * cotangents
+        same = tf.equal(
+            self.indices[:, :, tf.newaxis], self.indices[:, tf.newaxis]
+        )
+        sums = tf.matmul(tf.cast(same, products.dtype), products)
+        return tf.math.unsorted_segment_sum(
+            tf.reshape(products * sums, [-1, products.shape[-1]]),
+            tf.reshape(self.indices, [-1]),
+            self.depth,
+        )
+
     @override
     def to_dense(self) -> tf.Tensor:
         unit = tf.one_hot(self.indices, self.depth, dtype=self.dtype)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_natgrad.linalg.eigenbasis import eigenbasis
 from keras_natgrad.linalg.psd import damped_inverse_root
 
 
@@ -36,10 +37,6 @@ def pencil(first: tf.Tensor, second: tf.Tensor) -> Pencil:
     matrix from being lost beside a large one. A zero matrix stays zero. For
     two diagonals P is the identity.
 
-    XLA computes eigenvectors by a Jacobi iteration that stops at a relative
-    1e-6. One step of perturbation theory squares that error, except between
-    eigenvalues that are nearly equal.
-
     Cost: about ten times `n³`, most of it for the eigenproblem.
 
     Args:
@@ -64,32 +61,13 @@ def pencil(first: tf.Tensor, second: tf.Tensor) -> Pencil:
     moment = tf.matmul(root, tf.matmul(scaled, root, transpose_b=True))
     # An eigenvalue routine may raise an error on what is not finite.
     moment = tf.where(result.succeeded, moment, tf.zeros_like(moment))
-    values, vectors = _refined(moment, tf.linalg.eigh(moment)[1])
+    values, vectors = eigenbasis(moment)
     basis = tf.matmul(root, vectors, transpose_a=True)
     nan = tf.constant(math.nan, basis.dtype)
     basis = tf.where(result.succeeded, basis, nan)
     share = tf.clip_by_value(values, 0, 1)
     weights = tf.stack([alpha * share, beta * (1 - share)])
     return Pencil(basis, weights, result.retries)
-
-
-def _refined(
-    matrix: tf.Tensor, vectors: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns eigenvalues and better eigenvectors of approximate ones.
-
-    With `M = Vᵀ A V = Λ + O` and the skew `E_ij = O_ij / (λ_j − λ_i)`, the
-    rotation `exp E`, here to second order, takes O away to first order.
-    """
-    rotated = tf.matmul(vectors, tf.matmul(matrix, vectors), transpose_a=True)
-    values = tf.linalg.diag_part(rotated)
-    gaps = values - values[:, tf.newaxis]
-    # A rotation that is not small is not given by its first orders.
-    small = tf.abs(rotated) < 1e-4 * tf.abs(gaps)
-    skew = tf.where(small, tf.math.divide_no_nan(rotated, gaps), 0)
-    skew = (skew - tf.linalg.matrix_transpose(skew)) / 2
-    turn = skew + tf.matmul(skew, skew) / 2
-    return values, vectors + tf.matmul(vectors, turn)
 
 
 def _matrix(values: tf.Tensor) -> tf.Tensor:

@@ -81,8 +81,8 @@ class KFAC(PreconditionedOptimizer):
         norm_constraint: Largest `δᵀFδ` of an update, as the quadratic model
             has it, or `None`.
         block: Block of captured layers: `"kronecker"`, `"feature_scaled"`
-            (damping in each input feature's own unit), `"diagonal"`,
-            `"full"`, `"input_factor"`, or a name given to
+            (damping in each input feature's own unit), `"ekfac"`,
+            `"diagonal"`, `"full"`, `"input_factor"`, or a name given to
             `keras_natgrad.register_block`; `"auto"` is `"feature_scaled"` for
             dense layers that read the model's inputs and `"kronecker"` for
             the rest. Or a dictionary `{pattern: name}`:
@@ -128,6 +128,7 @@ class KFAC(PreconditionedOptimizer):
     References:
         - Martens & Grosse, 2015, arXiv:1503.05671.
         - Martens, 2014, arXiv:1412.1193 (the quadratic model, damping).
+        - George et al., 2018, arXiv:1806.03884 (`"ekfac"`).
         - Goldshlager, Abrahamsen & Lin, 2024, arXiv:2401.10190 (SPRING).
     """
 

@@ -146,6 +146,7 @@ def test_diagonal(shared, build_block, feed):
         ("kronecker", {"max_factor_size": 3}),
         ("kronecker", {"sides": "output"}),
         ("diagonal", {}),
+        ("ekfac", {}),
         ("full", {}),
     ],
 )

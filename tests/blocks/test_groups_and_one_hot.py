@@ -16,6 +16,8 @@ KINDS = [
     ("kronecker", {"sides": "input"}),
     ("kronecker", {"sides": "output"}),
     ("kronecker", {"max_factor_size": 1}),
+    ("ekfac", {}),
+    ("ekfac", {"max_factor_size": 1}),
     ("diagonal", {}),
     ("full", {}),
 ]

@@ -10,6 +10,8 @@ def test_names():
     assert isinstance(blocks.create("kfac", shape), blocks.KroneckerBlock)
     assert isinstance(blocks.create("kronecker", shape), blocks.KroneckerBlock)
     assert isinstance(blocks.create("diagonal", shape), blocks.DiagonalBlock)
+    assert isinstance(blocks.create("ekfac", shape), blocks.EigenBlock)
+    assert isinstance(blocks.create("eigen", shape), blocks.EigenBlock)
     assert isinstance(blocks.create("full", shape), blocks.FullBlock)
 
 

@@ -381,7 +381,7 @@ def test_exact_blocks_of_both_uses(build_block, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["kronecker", "unitwise", "coupled", "input_factor"]
+    "kind", ["kronecker", "ekfac", "unitwise", "coupled", "input_factor"]
 )
 def test_other_blocks_refuse(kind):
     with pytest.raises(ValueError, match="used as its transpose too"):

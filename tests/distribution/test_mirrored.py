@@ -72,14 +72,18 @@ def test_halves_of_unequal_weight(name, mirrored_strategy):
     assert_close(weights(two), weights(one), 1e-5, 1e-5)
 
 
-def test_a_shared_eigenbasis(float64, mirrored_strategy):
+EIGENBASES = {
+    "rngd": lambda: kng.RNGD(
+        0.05, relative_damping=0.1, max_metric_elements=30, shared="eigen"
+    ),
+    "ekfac": lambda: kng.KFAC(0.05, 0.9, 0.1, block="ekfac", fisher="exact"),
+}
+
+
+@pytest.mark.parametrize("name", EIGENBASES)
+def test_an_eigenbasis(name, float64, mirrored_strategy):
     """A refresh turns the sums of both replicas into the new basis."""
-
-    def make():
-        return kng.RNGD(
-            0.05, relative_damping=0.1, max_metric_elements=30, shared="eigen"
-        )
-
+    make = EIGENBASES[name]
     one = train(make, 3)
     with mirrored_strategy.scope():
         two = train(make, 3)

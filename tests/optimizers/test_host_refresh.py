@@ -31,6 +31,7 @@ FIT = {"batch_size": 8, "shuffle": False, "verbose": 0}
         {},
         {"block": "full"},
         {"block": "diagonal", "damping": 0.1},
+        {"block": "ekfac"},
         {"momentum": kng.Spring(0.5)},
     ],
 )

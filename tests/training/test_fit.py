@@ -143,6 +143,7 @@ def test_every_fisher_trains(fisher):
     "kwargs",
     [
         {"block": "diagonal"},
+        {"block": "ekfac"},
         {"block": "full"},
         {"max_factor_size": 3},
         {"norm_constraint": 0.1},

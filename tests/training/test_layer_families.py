@@ -255,7 +255,7 @@ def test_tied_weights_are_captured(capsys):
 
 def test_tied_weights_with_a_chosen_block():
     x, y = next_tokens()
-    for chosen in ("diagonal", "kronecker", "kfac", "full"):
+    for chosen in ("diagonal", "kronecker", "kfac", "ekfac", "full"):
         block = {"reversible*": chosen}
         model = compiled(language(), kng.KFAC(block=block, damping=0.1))
         losses = [float(model.train_on_batch(x, y)) for _ in range(6)]
