@@ -101,6 +101,7 @@ def estimated_gram(
     backward: Backward,
     directions: Sequence[Sequence[tf.Tensor]],
     examples: int,
+    by_layer: bool = False,
 ) -> tf.Tensor:
     """Returns an unbiased estimate of `δ_iᵀ F δ_j` from one backward pass.
 
@@ -117,9 +118,12 @@ def estimated_gram(
         backward: A backward pass of random cotangents.
         directions: k directions, each one matrix per entry.
         examples: How many examples to use at most.
+        by_layer: Whether every layer's part of the first direction is a
+            direction of its own. The products are the same.
 
     Returns:
-        Tensor `[k, k]`, symmetric positive semi-definite.
+        Tensor `[k, k]`, symmetric positive semi-definite, with the number of
+        layers for one of the k where the first direction is divided.
     """
     batch = captured.batch
     rows, weights = tf.cond(
@@ -134,17 +138,17 @@ def estimated_gram(
         )
         for a, g in zip(captured.inputs, backward.cotangents, strict=True)
     ]
-    projected = []
-    for direction in directions:
+    projected: list[tf.Tensor] = []
+    for index, direction in enumerate(directions):
         own = [
             slopes(a, g, matrix)
             for (a, g), matrix in zip(pairs, direction, strict=True)
         ]
-        projected.append(tf.add_n(own))
+        projected += own if by_layer and index == 0 else [tf.add_n(own)]
     stacked = tf.stack(projected)
     weights = tf.cast(weights, stacked.dtype)
     gram = tf.matmul(stacked * weights, stacked, transpose_b=True)
-    return tf.ensure_shape(gram, [len(directions), len(directions)])
+    return tf.ensure_shape(gram, [len(projected), len(projected)])
 
 
 def _take(inputs: Rows | TwoWayRows, rows: tf.Tensor) -> Rows | TwoWayRows:

@@ -24,15 +24,15 @@ from keras_natgrad.step import (
     QuadraticModel,
     Refresh,
     StepLength,
+    layer_coefficients,
     norm_scale,
     quadratic_coefficients,
 )
 from keras_natgrad.step.directions import (
     Ridge,
-    dot,
-    metric_dot,
-    pad_gram,
-    pad_pair,
+    dots,
+    metric_dots,
+    pad,
     ridge_gram,
 )
 from keras_natgrad.step.length import model_change, quadratic_form
@@ -50,10 +50,13 @@ class SolvedModel(NamedTuple):
         change: Predicted change of the loss.
         fisher_share: `δᵀFδ / δᵀ(F + λD)δ`, in [0, 1], D the metric of the
             damping.
+        learning_rate: The rate, or the mean of the layers' rates, weighted by
+            their slopes `∇ᵀP∇`.
     """
 
     change: tf.Tensor
     fisher_share: tf.Tensor
+    learning_rate: tf.Tensor
 
 
 class ModelledOptimizer(RetractingOptimizer):
@@ -83,6 +86,7 @@ class ModelledOptimizer(RetractingOptimizer):
                 self.add_curvature_variable,
                 self.add_variable,
                 self.add_summed_variable,
+                self._directions,
             )
             self._hide("_average", average)
 
@@ -94,41 +98,92 @@ class ModelledOptimizer(RetractingOptimizer):
         solved: Sequence[tf.Tensor],
         rate: tf.Tensor,
     ) -> tuple[tf.Tensor, SolvedModel]:
-        """Returns the coefficients of (−P∇, δ₋₁) and what they promise."""
+        """Returns the coefficients of (−P∇, δ₋₁) and what they promise.
+
+        By layer, the coefficients have one for each layer's part of −P∇.
+        """
+        by_layer = self._by_layer
         candidates = [list(solved)]
         if self.length.momentum != 0:
             candidates.append(self.curvature.to_matrices(self._velocities))
         metrics = self.curvature.damping_rows()
-        squares = [dot(pulled, solved)]
-        for velocity in candidates[1:]:
-            squares.append(metric_dot(velocity, velocity, metrics))
-        norms = pad_pair([tf.sqrt(tf.maximum(each, 0)) for each in squares])
+        squares = self._joined(
+            dots(pulled, solved),
+            [metric_dots(each, each, metrics) for each in candidates[1:]],
+        )
+        norms = tf.sqrt(tf.maximum(squares, 0))
         gram = self._gram(observation, candidates, norms)
         damped = gram + ridge_gram(
-            candidates, self.state.damping.value, self._ridge_rows, metrics
+            candidates,
+            self.state.damping.value,
+            self._ridge_rows,
+            metrics,
+            by_layer,
         )
-        slopes = pad_pair([dot(gradients, each) for each in candidates])
+        slopes = self._joined(
+            dots(gradients, candidates[0]),
+            [dots(gradients, each) for each in candidates[1:]],
+        )
         # The first candidate enters with its sign here, once.
-        signs = tf.constant([-1.0, 1.0], rate.dtype)
+        ones = tf.ones([self._directions - 1], rate.dtype)
+        signs = tf.concat([-ones, [1.0]], axis=0)
         gram *= signs[:, tf.newaxis] * signs
         damped *= signs[:, tf.newaxis] * signs
         slopes *= signs
         length = self.length
-        coefficients = quadratic_coefficients(damped, slopes, length, rate)
+        solve = layer_coefficients if by_layer else quadratic_coefficients
+        coefficients = solve(damped, slopes, length, rate)
         if length.automatic_rate:
-            coefficients *= tf.stack([rate, tf.ones_like(rate)])
+            coefficients *= tf.concat([rate * ones, [1.0]], axis=0)
         if self.norm_constraint is not None:
             coefficients *= norm_scale(
                 quadratic_form(gram, coefficients), self.norm_constraint
             )
+        rate = coefficients[0]
+        if by_layer:
+            shares = tf.math.divide_no_nan(slopes, tf.reduce_sum(slopes[:-1]))
+            rate = tf.tensordot(shares[:-1], coefficients[:-1], axes=1)
         model = SolvedModel(
             change=model_change(damped, slopes, coefficients),
             fisher_share=tf.math.divide_no_nan(
                 quadratic_form(gram, coefficients),
                 quadratic_form(damped, coefficients),
             ),
+            learning_rate=rate,
         )
         return coefficients, model
+
+    def _joined(
+        self, first: tf.Tensor, others: Sequence[tf.Tensor]
+    ) -> tf.Tensor:
+        """Joins products of every block with P∇ and with δ₋₁.
+
+        Args:
+            first: Tensor `[blocks]`, of P∇.
+            others: The same of δ₋₁, where there is one.
+
+        Returns:
+            Tensor `[directions]`.
+        """
+        if not self._by_layer:
+            first = tf.reduce_sum(first, keepdims=True)
+        parts = [first, *(tf.reduce_sum(e, keepdims=True) for e in others)]
+        return pad(tf.concat(parts, axis=0), self._directions)
+
+    @property
+    def _by_layer(self) -> bool:
+        """Whether every layer has a rate of its own."""
+        return (
+            self.quadratic_model.by_layer
+            and self._estimates_model
+            and self.length.automatic_rate
+            and not self.length.spring
+        )
+
+    @property
+    def _directions(self) -> int:
+        """Number of directions of the quadratic model, δ₋₁ included."""
+        return 1 + (len(self.curvature.entries) if self._by_layer else 1)
 
     @property
     def _needs_gram(self) -> bool:
@@ -159,14 +214,14 @@ class ModelledOptimizer(RetractingOptimizer):
         Args:
             observation: The batch.
             candidates: One or two directions, `P∇` first.
-            norms: Tensor `[2]`, (n₁, n₂) of `QuadraticModel`.
+            norms: Tensor `[directions]`, the n_i of `QuadraticModel`.
         """
         step = tf.convert_to_tensor(self.iterations)
 
         def update() -> tf.Tensor:
             gram = self._batch_gram(observation, candidates)
-            gram = pad_gram(tf.cast(gram, self.curvature_dtype))
-            self._average.add(gram, norms, step)
+            gram = tf.cast(gram, self.curvature_dtype)
+            self._average.add(pad(gram, self._directions), norms, step)
             return tf.constant(0)
 
         tf.cond(self._average.is_due(step), update, lambda: tf.constant(0))
@@ -202,7 +257,11 @@ class ModelledOptimizer(RetractingOptimizer):
                 random_cotangents(observation.terms, self.fisher, folded)
             )
             return estimated_gram(
-                captured, backward, candidates, _MODEL_EXAMPLES
+                captured,
+                backward,
+                candidates,
+                _MODEL_EXAMPLES,
+                self._by_layer,
             )
 
         count = tf.clip_by_value(

@@ -204,8 +204,10 @@ class PreconditionedOptimizer(ModelledOptimizer):
         if self._guarded:
             self.state.guard.accept(observation.loss)
         self.state.note(
-            learning_rate=coefficients[0],
-            momentum=coefficients[1] + self.length.spring,
+            learning_rate=coefficients[0]
+            if model is None
+            else model.learning_rate,
+            momentum=coefficients[-1] + self.length.spring,
         )
         if model is not None:
             self.state.note(model_change=model.change)
@@ -257,16 +259,27 @@ class PreconditionedOptimizer(ModelledOptimizer):
     def _move(
         self, solved: Sequence[tf.Tensor], coefficients: tf.Tensor
     ) -> None:
-        """Moves every variable by `δ = −α P∇ + μ δ₋₁`."""
+        """Moves every variable by `δ = −α P∇ + μ δ₋₁`.
+
+        Args:
+            solved: `P∇`, one matrix per block.
+            coefficients: One α, or one per block; then μ.
+        """
         variables = _compat.optimizer_variables(self)
         directions = self.curvature.from_matrices(solved)
         velocities = self._velocities or [None] * len(variables)
-        for variable, velocity, direction in zip(
-            variables, velocities, directions, strict=True
-        ):
-            apply_update(
-                variable, velocity, direction, coefficients[0], coefficients[1]
-            )
+        *rates, momentum = tf.unstack(coefficients)
+        if len(rates) == 1:
+            rates *= len(self.curvature.entries)
+        for rate, entry in zip(rates, self.curvature.entries, strict=True):
+            for index in entry.variables:
+                apply_update(
+                    variables[index],
+                    velocities[index],
+                    directions[index],
+                    rate,
+                    momentum,
+                )
 
     def _set_damping(self) -> None:
         """Starts the damping, or looks it up in its schedule."""

@@ -2,7 +2,11 @@
 
 from keras_natgrad.step.damping import Damping, LevenbergMarquardt
 from keras_natgrad.step.damping import get as get_damping
-from keras_natgrad.step.length import StepLength, quadratic_coefficients
+from keras_natgrad.step.length import (
+    StepLength,
+    layer_coefficients,
+    quadratic_coefficients,
+)
 from keras_natgrad.step.line_search import LineSearch
 from keras_natgrad.step.line_search import get as get_line_search
 from keras_natgrad.step.quadratic_model import AveragedGram, QuadraticModel
@@ -27,5 +31,6 @@ __all__ = [
     "get_quadratic_model",
     "is_multiple",
     "norm_scale",
+    "layer_coefficients",
     "quadratic_coefficients",
 ]

@@ -25,21 +25,15 @@ class Ridge(NamedTuple):
     last: float
 
 
-def dot(left: Direction, right: Direction) -> tf.Tensor:
-    """Returns the inner product of two directions."""
-    return tf.add_n([_inner(a, b) for a, b in zip(left, right, strict=True)])
+def dots(left: Direction, right: Direction) -> tf.Tensor:
+    """Returns the inner product of every block, `[blocks]`."""
+    return tf.stack([_inner(a, b) for a, b in zip(left, right, strict=True)])
 
 
-def pad_pair(values: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Stacks one or two scalars to `[2]`, a missing one being zero."""
-    padded = [*values, tf.zeros_like(values[0])]
-    return tf.stack(padded[:2])
-
-
-def pad_gram(gram: tf.Tensor) -> tf.Tensor:
-    """Pads a `[1, 1]` Gram matrix with zeros to `[2, 2]`."""
-    missing = 2 - int(gram.shape[0])
-    return tf.pad(gram, [[0, missing], [0, missing]])
+def pad(values: tf.Tensor, size: int) -> tf.Tensor:
+    """Pads every axis of a vector or square matrix with zeros to `size`."""
+    missing = size - int(values.shape[0])
+    return tf.pad(values, [[0, missing]] * values.shape.rank)
 
 
 def ridge_gram(
@@ -47,6 +41,7 @@ def ridge_gram(
     damping: tf.Tensor,
     ridge: Sequence[Ridge],
     metrics: Sequence[tf.Tensor | None],
+    by_layer: bool = False,
 ) -> tf.Tensor:
     """Returns `δ_iᵀ (λ D + R) δ_j` with R the curvature of regularizers.
 
@@ -54,53 +49,68 @@ def ridge_gram(
         directions: One or two directions.
         damping: Scalar λ.
         ridge: `Ridge` of every block.
-        metrics: The diagonal D of every block, see `metric_dot`.
+        metrics: The diagonal D of every block, see `metric_dots`.
+        by_layer: Whether every block of the first direction is a direction
+            of its own.
 
     Returns:
-        Tensor `[2, 2]`, padded with zeros.
+        Tensor `[2, 2]`, or `[blocks + 1, blocks + 1]`, padded with zeros.
     """
 
-    def entry(left: Direction, right: Direction) -> tf.Tensor:
-        parts = [damping * metric_dot(left, right, metrics)]
+    def entries(left: Direction, right: Direction) -> tf.Tensor:
+        found = damping * metric_dots(left, right, metrics)
+        if not any(own.rest or own.last for own in ridge):
+            return found
+        parts = []
         for a, b, own in zip(left, right, ridge, strict=True):
+            part = tf.zeros([], a.dtype)
             if own.rest:
-                parts.append(scalar(own.rest, a.dtype) * _inner(a, b))
+                part += scalar(own.rest, a.dtype) * _inner(a, b)
             if own.last != own.rest:
                 extra = scalar(own.last - own.rest, a.dtype)
-                parts.append(extra * _inner(a[..., -1, :], b[..., -1, :]))
-        return tf.add_n(parts)
+                part += extra * _inner(a[..., -1, :], b[..., -1, :])
+            parts.append(part)
+        return found + tf.stack(parts)
 
     first, *others = directions
+    own = entries(first, first)
+    corner = tf.linalg.diag(own) if by_layer else _total(own)[:, tf.newaxis]
     if not others:
-        return pad_gram(entry(first, first)[tf.newaxis, tf.newaxis])
-    cross = entry(first, others[0])
-    return tf.stack(
+        return pad(corner, int(corner.shape[0]) + 1)
+    cross = entries(first, others[0])
+    cross = cross if by_layer else _total(cross)
+    last = _total(entries(others[0], others[0]))
+    return tf.concat(
         [
-            tf.stack([entry(first, first), cross]),
-            tf.stack([cross, entry(others[0], others[0])]),
-        ]
+            tf.concat([corner, cross[:, tf.newaxis]], axis=1),
+            tf.concat([cross, last], axis=0)[tf.newaxis],
+        ],
+        axis=0,
     )
 
 
-def metric_dot(
+def metric_dots(
     left: Direction, right: Direction, metrics: Sequence[tf.Tensor | None]
 ) -> tf.Tensor:
-    """Returns `δ_iᵀ D δ_j` for the diagonal metrics D of the blocks' damping.
+    """Returns `δ_iᵀ D δ_j` of every block, D the metric of the damping.
 
     Args:
         left: One direction.
         right: Another.
         metrics: Per block a tensor `[rows]`, the entries of D for the rows of
             its matrix; `None` for the identity.
+
+    Returns:
+        Tensor `[blocks]`.
     """
-    parts = []
+    found = []
     for a, b, rows in zip(left, right, metrics, strict=True):
         if rows is None:
-            parts.append(_inner(a, b))
+            found.append(_inner(a, b))
         else:
             products = tf.reduce_sum(a * b, axis=-1)
-            parts.append(tf.reduce_sum(rows * products))
-    return tf.add_n(parts)
+            found.append(tf.reduce_sum(rows * products))
+    return tf.stack(found)
 
 
 def in_metric(matrix: tf.Tensor, rows: tf.Tensor | None) -> tf.Tensor:
@@ -130,3 +140,8 @@ def _inner(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
     if left is right:
         return 2 * tf.nn.l2_loss(left)
     return tf.reduce_sum(left * right)
+
+
+def _total(values: tf.Tensor) -> tf.Tensor:
+    """Returns the sum of a vector, `[1]`."""
+    return tf.reduce_sum(values, keepdims=True)

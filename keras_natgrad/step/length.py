@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
+from keras_natgrad.step.directions import pad
+
 # Two directions whose normalised Gram determinant is below this are parallel
 # to rounding, and the second one is left out.
 _PARALLEL = 1e-6
@@ -70,6 +72,67 @@ def quadratic_coefficients(
         momentum = -_divide(slopes[1] + gram[0, 1] * rate, gram[1, 1])
         return tf.stack([rate, momentum])
     return tf.stack([rate, tf.constant(length.momentum, gram.dtype)])
+
+
+def layer_coefficients(
+    gram: tf.Tensor,
+    slopes: tf.Tensor,
+    length: StepLength,
+    learning_rate: tf.Tensor,
+) -> tf.Tensor:
+    """Returns (α₁, …, α_L, μ): a rate for each layer's part of Δ.
+
+    `quadratic_coefficients` gives the best common α, and μ. Around them each
+    layer's rate `α + e_l` minimises
+
+        M(c) + ½ Σ_l Q_ll e_l²,
+
+    with the model M of `quadratic_coefficients` along the parts Δ_l and
+    δ₋₁. The inverse of each block is right only up to a factor, and does not
+    know the other layers; both show in M. The second term, as large as the
+    layers' own part in the curvature of M, keeps in check what the few
+    examples of a batch say of so many coefficients. A layer with a part of
+    zero has the common rate.
+
+    Args:
+        gram: Tensor `[L + 1, L + 1]`, Q, with δ₋₁ last.
+        slopes: Tensor `[L + 1]`, b.
+        length: `StepLength`, with the rate free.
+        learning_rate: Scalar.
+
+    Returns:
+        Tensor `[L + 1]`.
+    """
+    layers = int(gram.shape[0]) - 1
+    cross = tf.reduce_sum(gram[:layers, layers])
+    common = quadratic_coefficients(
+        tf.stack(
+            [
+                tf.stack([tf.reduce_sum(gram[:layers, :layers]), cross]),
+                tf.stack([cross, gram[layers, layers]]),
+            ]
+        ),
+        tf.stack([tf.reduce_sum(slopes[:layers]), slopes[layers]]),
+        length,
+        learning_rate,
+    )
+    rates = tf.concat([tf.repeat(common[:1], layers), common[1:]], axis=0)
+    slope = (slopes + tf.linalg.matvec(gram, rates))[:layers]
+    own = gram[:layers, :layers]
+    # In units of √Q_ll the equations are (Q + diag Q) e = −slope with a unit
+    # diagonal: the matrix has no eigenvalue below one.
+    unit = tf.math.reciprocal_no_nan(tf.sqrt(tf.linalg.diag_part(own)))
+    identity = tf.eye(layers, dtype=own.dtype)
+    matrix = own * unit * unit[:, tf.newaxis] + identity
+    finite = tf.math.is_finite(tf.reduce_sum(matrix))
+    matrix = tf.where(finite, matrix, identity)
+    deviations = -unit * tf.squeeze(
+        tf.linalg.cholesky_solve(
+            tf.linalg.cholesky(matrix), (unit * slope)[:, tf.newaxis]
+        ),
+        axis=1,
+    )
+    return rates + pad(deviations, layers + 1)
 
 
 def model_change(

@@ -23,7 +23,8 @@ class QuadraticModel:
     """How the quadratic model of the loss knows the curvature.
 
     The model needs `Q_ij = δ_iᵀ F δ_j` for two directions, the preconditioned
-    gradient `δ₁ = P∇` and the last update `δ₂`. The quotients
+    gradient `δ₁ = P∇` and the last update `δ₂`. With a rate for each layer,
+    each layer's part of δ₁ is a direction of its own. The quotients
 
         Q_ij / (n_i n_j),   n₁ = √(∇ᵀP∇),   n₂ = ‖δ₂‖_D
 
@@ -42,6 +43,10 @@ class QuadraticModel:
             too.
         decay: Largest decay of the running average, in [0, 1). The average
             spans at most a fifth of the steps so far. Zero for none.
+        by_layer: Whether an automatic learning rate is one per layer, around
+            the best common one (`step.length.layer_coefficients`). The
+            estimate of the curvature knows the layers' parts without further
+            products; where the model is exact, there is one rate for all.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -50,6 +55,7 @@ class QuadraticModel:
     kind: str = "estimated"
     period: int = 4
     decay: float = 0.9
+    by_layer: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in ("exact", "estimated"):
@@ -58,6 +64,11 @@ class QuadraticModel:
                 f"Received: kind={self.kind!r}"
             )
         check_period("period", self.period)
+        if not isinstance(self.by_layer, bool):
+            raise ValueError(
+                "`by_layer` must be True or False. "
+                f"Received: by_layer={self.by_layer!r}"
+            )
         if not 0 <= self.decay < 1:
             raise ValueError(
                 f"`decay` must be in [0, 1). Received: decay={self.decay!r}"
@@ -109,6 +120,7 @@ class AveragedGram:
         add_variable: The optimizer's `add_variable`.
         add_sum: `VariableFactory` of what is the sum of a part on every
             replica; `add_curvature_variable` without it.
+        size: Number of directions.
     """
 
     def __init__(
@@ -118,6 +130,7 @@ class AveragedGram:
         add_curvature_variable: Any,
         add_variable: Any,
         add_sum: Any = None,
+        size: int = 2,
     ) -> None:
         self.model = model
         if refresh.growth is not None:
@@ -125,11 +138,11 @@ class AveragedGram:
         self._refresh = refresh
         # Of δᵀFδ, every replica knows its examples' part.
         add_sum = add_sum or add_curvature_variable
-        self._quotients = add_sum("quotients", (2, 2), "zeros")
+        self._quotients = add_sum("quotients", (size, size), "zeros")
         # A quotient of a direction that was zero has not been seen: each has
         # a weight of its own.
         self._weights = add_curvature_variable(
-            "quotient_weights", (2, 2), "zeros"
+            "quotient_weights", (size, size), "zeros"
         )
         self._due_at = add_variable(
             shape=(), initializer="zeros", dtype="int32", name="model_at"
@@ -143,8 +156,8 @@ class AveragedGram:
         """Averages in what one batch says.
 
         Args:
-            gram: Tensor `[2, 2]`, Q.
-            norms: Tensor `[2]`, (n₁, n₂), zero for a direction of zero.
+            gram: Tensor `[size, size]`, Q.
+            norms: Tensor `[size]`, the n_i, zero for a direction of zero.
             step: Scalar integer, counted from zero.
         """
         scale = tf.math.reciprocal_no_nan(norms)

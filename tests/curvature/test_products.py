@@ -156,6 +156,29 @@ def test_all_signs_average_to_the_gram(positions, record):
     np.testing.assert_allclose(total, exact, rtol=1e-11)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_parts_of_the_first_direction(count, record):
+    """A row per layer: that of a direction with all other layers zero."""
+    recorded = record(mlp([3, 4, 3, 2]), inputs(5, 3), ["normal"])
+    first, *others = matrices_of(
+        recorded, directions_of(recorded.variables)[:count]
+    )
+    (term,) = recorded.terms
+    backward = recorded.captured.backward(
+        [term.cotangent(tf.ones([5, 2], tf.float64))]
+    )
+    alone = [
+        [d if i == j else tf.zeros_like(d) for j, d in enumerate(first)]
+        for i in range(len(first))
+    ]
+    found = estimated_gram(
+        recorded.captured, backward, [first, *others], 3, by_layer=True
+    )
+    expected = estimated_gram(recorded.captured, backward, [*alone, *others], 3)
+    assert found.shape == (2 + count, 2 + count)
+    np.testing.assert_allclose(found, expected, rtol=1e-11)
+
+
 @pytest.mark.parametrize("batch", [7, 8, 9, 15, 16])
 def test_estimate_from_a_part_of_the_batch_is_scaled(batch, record):
     """Of identical examples and signs, a part tells as much as all."""

@@ -108,13 +108,13 @@ LOSSES = {
 }
 
 
-def make_targets(rng, loss, units, positions=None):
-    shape = (BATCH, units) if positions is None else (BATCH, positions, units)
+def make_targets(rng, loss, units, positions=None, batch=BATCH):
+    shape = (batch, units) if positions is None else (batch, positions, units)
     if loss == "mse":
         return rng.normal(size=shape)
     if loss == "bernoulli":
         return rng.integers(0, 2, size=shape).astype(float)
-    return rng.integers(0, units, size=BATCH)
+    return rng.integers(0, units, size=batch)
 
 
 def compiled_loss(loss):
@@ -138,6 +138,7 @@ def check_steps(
     sample_weight=False,
     eager=True,
     units=1.0,
+    batch=BATCH,
     **kwargs,
 ):
     """Trains both on the same batches and compares after every step."""
@@ -161,12 +162,12 @@ def check_steps(
     else:
         output_positions = positions
     # Similar batches, so that no step looks as if it had gone wrong.
-    base = units * rng.normal(size=(BATCH, *model.input_shape[1:]))
-    y = make_targets(rng, loss, model.output_shape[-1], output_positions)
+    base = units * rng.normal(size=(batch, *model.input_shape[1:]))
+    y = make_targets(rng, loss, model.output_shape[-1], output_positions, batch)
     for _ in range(steps):
         x = base + 0.1 * units * rng.normal(size=base.shape)
-        w = rng.uniform(0.2, 2.0, size=BATCH) if sample_weight else None
-        term = LOSSES[loss][1](y, np.ones(BATCH) if w is None else w)
+        w = rng.uniform(0.2, 2.0, size=batch) if sample_weight else None
+        term = LOSSES[loss][1](y, np.ones(batch) if w is None else w)
         model.train_on_batch(x, y, sample_weight=w)
         reference.step(x, [term])
         assert_same_weights(model, reference)
@@ -310,6 +311,53 @@ def test_averaged_quadratic_model():
         references.append(reference)
     plain, averaged = (r.network.matrices[0] for r in references)
     assert not np.allclose(plain, averaged, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["mse", "bernoulli"])
+@pytest.mark.parametrize("momentum", [None, 0.5, 0.0])
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
+def test_a_rate_for_each_layer(loss, momentum, eager):
+    """One example and one output: estimates from random signs are exact."""
+    settings = Settings(
+        None,
+        momentum,
+        MODEL_RULE,
+        factor_decay=0.75,
+        l2_kernel=0.0625,
+        model_period=2,
+        model_decay=0.4,
+        by_layer=True,
+    )
+    model = mlp([3, 4, 3, 1])
+    _, reference = check_steps(
+        model,
+        settings,
+        loss,
+        30,
+        eager=eager,
+        batch=1,
+        fisher="propagated",
+        quadratic_model=kng.QuadraticModel("estimated", 2, 0.4),
+    )
+    assert reference.quotients.shape == (4, 4)
+
+
+def test_one_rate_where_the_estimate_may_not_divide_it():
+    settings = dataclasses.replace(DEFAULTS, model_decay=0.4)
+    for by_layer, kwargs in (
+        (True, {"momentum": kng.Spring(0.5)}),
+        (True, {"learning_rate": 0.1}),
+        (False, {}),
+    ):
+        model = mlp([3, 4, 1])
+        optimizer = kng.KFAC(
+            quadratic_model=kng.QuadraticModel(by_layer=by_layer), **kwargs
+        ).attach(model)
+        model.compile(optimizer, "mse", run_eagerly=True)
+        model.train_on_batch(np.ones((4, 3)), np.ones((4, 1)))
+        average = optimizer._average
+        assert average._quotients.shape == (2, 2)
+    assert settings.by_layer is False
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -184,6 +184,7 @@ class Settings:
     feature_scaled: tuple[int, ...] = ()
     model_period: int = 1
     model_decay: float = 0.0
+    by_layer: bool = False
 
 
 def feature_scales(moment: Array, magnitude: Array) -> Array:
@@ -206,8 +207,8 @@ class ReferenceKFAC:
     averages: list[tuple[Average, Average]] = field(default_factory=list)
     magnitudes: list[Average] = field(default_factory=list)
     metrics: list[Array] = field(default_factory=list)
-    quotients: Array = field(default_factory=lambda: np.zeros((2, 2)))
-    quotient_weights: Array = field(default_factory=lambda: np.zeros((2, 2)))
+    quotients: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    quotient_weights: Array = field(default_factory=lambda: np.zeros((0, 0)))
     inverses: list[tuple[Array, Array]] = field(default_factory=list)
     velocities: list[Array] = field(default_factory=list)
     coefficients: Array | None = None
@@ -221,6 +222,9 @@ class ReferenceKFAC:
         self.magnitudes = [Average(decay) for _ in matrices]
         self.velocities = [np.zeros_like(m) for m in matrices]
         self.previous = [np.zeros_like(m) for m in matrices]
+        size = 1 + (len(matrices) if self.settings.by_layer else 1)
+        self.quotients = np.zeros((size, size))
+        self.quotient_weights = np.zeros((size, size))
 
     # Regularizers: l2 ‖w‖² has gradient 2 l2 w and curvature 2 l2.
 
@@ -295,7 +299,7 @@ class ReferenceKFAC:
             ):
                 total[seen] = decay * total[seen] + (1.0 - decay) * new
         known = self.quotient_weights > 0
-        mean = np.zeros((2, 2))
+        mean = np.zeros_like(outer)
         mean[known] = self.quotients[known] / self.quotient_weights[known]
         return mean * outer
 
@@ -317,6 +321,21 @@ class ReferenceKFAC:
             return np.array([-slopes[0] / gram[0, 0], 0.0])
         if len(free) == 2 and c[1] > 1.0:
             return np.array([-(slopes[0] + gram[0, 1]) / gram[0, 0], 1.0])
+        return c
+
+    def _choose_by_layer(self, gram: Array, slopes: Array) -> Array:
+        """The common rate and a deviation e of each layer from it.
+
+        `(Q + diag Q) e = −(b + Q c)` over the layers, c being the common rate
+        and the momentum.
+        """
+        layers = len(slopes) - 1
+        common = np.zeros((layers + 1, 2))
+        common[:layers, 0] = common[layers, 1] = 1.0
+        c = common @ self._choose(common.T @ gram @ common, slopes @ common)
+        own = gram[:layers, :layers]
+        rest = (slopes + gram @ c)[:layers]
+        c[:layers] -= np.linalg.solve(own + np.diag(np.diag(own)), rest)
         return c
 
     def step(self, x: Array, terms: Sequence[Term]) -> list[Array]:
@@ -364,7 +383,17 @@ class ReferenceKFAC:
         def flat(parts: Sequence[Array]) -> Array:
             return np.concatenate([part.ravel() for part in parts])
 
-        basis = np.stack([flat(directions), flat(self.velocities)])
+        zero = [np.zeros_like(m) for m in old]
+        parts = [directions]
+        if settings.by_layer:
+            parts = [
+                [d if i == j else z for j, (d, z) in enumerate(pairs)]
+                for i, pairs in enumerate(
+                    [list(zip(directions, zero, strict=True))] * count
+                )
+            ]
+        rows = [flat(part) for part in parts]
+        basis = np.stack([*rows, flat(self.velocities)])
         metric = fisher.dense(trace, terms)
         scales = flat(
             [
@@ -374,19 +403,27 @@ class ReferenceKFAC:
         )
         ridge = flat([self._ridge(i) for i in range(count)])
         ridge += self.damping * scales
-        norms = np.sqrt([-flat(pulled) @ basis[0], scales @ basis[1] ** 2])
+        squares = [-flat(pulled) @ row for row in rows]
+        norms = np.sqrt([*squares, scales @ basis[-1] ** 2])
         gram = self._average(basis @ metric @ basis.T, norms)
         damped = gram + (basis * ridge) @ basis.T
         slopes = basis @ flat(gradients)
-        c = self._choose(damped, slopes)
+        choose = self._choose_by_layer if settings.by_layer else self._choose
+        c = choose(damped, slopes)
         if settings.norm_constraint is not None:
             norm = c @ gram @ c
             if norm > settings.norm_constraint:
                 c = c * np.sqrt(settings.norm_constraint / norm)
-        self.coefficients = c + np.array([0.0, settings.spring])
+        mean = c[0]
+        if settings.by_layer:
+            mean = slopes[:-1] @ c[:-1] / slopes[:-1].sum()
+        self.coefficients = np.array([mean, c[-1] + settings.spring])
+        rates = c[:-1] if settings.by_layer else np.repeat(c[:1], count)
         self.velocities = [
-            c[0] * d + c[1] * v
-            for d, v in zip(directions, self.velocities, strict=True)
+            rate * d + c[-1] * v
+            for rate, d, v in zip(
+                rates, directions, self.velocities, strict=True
+            )
         ]
         shrink = 1.0
         if settings.weight_decay is not None:

@@ -7,10 +7,10 @@ import tensorflow as tf
 
 from keras_natgrad.step.directions import (
     Ridge,
-    dot,
+    dots,
     l2_curvature,
-    pad_gram,
-    pad_pair,
+    metric_dots,
+    pad,
     ridge_gram,
 )
 
@@ -28,9 +28,18 @@ def flat(direction):
     return np.concatenate([np.ravel(part) for part in direction])
 
 
-def test_dot(directions):
+def test_dots(directions):
     left, right = directions
-    np.testing.assert_allclose(dot(left, right), flat(left) @ flat(right))
+    expected = [np.sum(a * b) for a, b in zip(left, right, strict=True)]
+    np.testing.assert_allclose(dots(left, right), expected)
+
+
+def test_metric_dots(directions):
+    left, right = ([part[0], part[1][:, None]] for part in directions)
+    rows = np.array([1.0, 0.5, 0.25])
+    found = metric_dots(left, right, [None, tf.constant(rows)])
+    second = np.sum(rows[:, None] * left[1] * right[1])
+    np.testing.assert_allclose(found, [np.sum(left[0] * right[0]), second])
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -38,7 +47,8 @@ def test_dot(directions):
     "ridge", [Ridge(0.0, 0.0), Ridge(0.5, 0.5), Ridge(0.5, 0.25)]
 )
 @pytest.mark.parametrize("rows", [None, [1.0, 0.5, 0.25]])
-def test_ridge_gram(directions, count, ridge, rows):
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_ridge_gram(directions, count, ridge, rows, by_layer):
     """`δᵀ (λ D + R) δ`, R per block and the last row having its own."""
     directions = [[part[0], part[1][:, None]] for part in directions]
     found = ridge_gram(
@@ -46,12 +56,17 @@ def test_ridge_gram(directions, count, ridge, rows):
         tf.constant(0.3, tf.float64),
         [ridge, Ridge(0.0, 0.0)],
         [None, None if rows is None else tf.constant(rows, tf.float64)],
+        by_layer,
     )
     first = np.repeat([0.3 + ridge.rest, 0.3 + ridge.last], 3)
     second = 0.3 * np.broadcast_to(1.0 if rows is None else rows, 3)
     diagonal = np.concatenate([first, second])
-    stacked = np.zeros((2, len(diagonal)))
-    for row, direction in enumerate(directions[:count]):
+    first, *others = directions[:count]
+    rows = [first]
+    if by_layer:
+        rows = [[first[0], 0 * first[1]], [0 * first[0], first[1]]]
+    stacked = np.zeros((len(rows) + 1, len(diagonal)))
+    for row, direction in enumerate([*rows, *others]):
         stacked[row] = flat(direction)
     np.testing.assert_allclose(
         found, (stacked * diagonal) @ stacked.T, rtol=1e-12
@@ -59,14 +74,10 @@ def test_ridge_gram(directions, count, ridge, rows):
 
 
 def test_padding():
-    one, two = tf.constant(1.0), tf.constant(2.0)
-    np.testing.assert_array_equal(pad_pair([one]), [1.0, 0.0])
-    np.testing.assert_array_equal(pad_pair([one, two]), [1.0, 2.0])
+    np.testing.assert_array_equal(pad(tf.constant([1.0]), 2), [1.0, 0.0])
     full = tf.constant([[1.0, 2.0], [2.0, 5.0]])
-    np.testing.assert_array_equal(pad_gram(full), full)
-    np.testing.assert_array_equal(
-        pad_gram(full[:1, :1]), [[1.0, 0.0], [0.0, 0.0]]
-    )
+    np.testing.assert_array_equal(pad(full, 2), full)
+    np.testing.assert_array_equal(pad(full[:1, :1], 2), [[1, 0], [0, 0]])
 
 
 @pytest.mark.parametrize(

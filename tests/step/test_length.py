@@ -5,8 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import tensorflow as tf
+from scipy import optimize
 
-from keras_natgrad.step import StepLength, quadratic_coefficients
+from keras_natgrad.step import (
+    StepLength,
+    layer_coefficients,
+    quadratic_coefficients,
+)
 from keras_natgrad.step.length import model_change, quadratic_form
 
 RATE, MOMENTUM = 0.7, 0.4
@@ -146,3 +151,74 @@ def test_quadratic_form():
 )
 def test_needs_model(automatic, momentum, expected):
     assert StepLength(automatic, momentum).needs_model is expected
+
+
+def layered(seed, layers=4):
+    """A Gram matrix and slopes of the layers' parts and of a last update."""
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(layers + 1, layers + 3))
+    gram = root @ root.T
+    return gram, -gram @ rng.uniform(0.2, 1.0, size=layers + 1)
+
+
+def solve_layers(gram, slopes, momentum=None):
+    return layer_coefficients(
+        tf.constant(gram),
+        tf.constant(slopes),
+        StepLength(True, momentum),
+        tf.constant(1.0, tf.float64),
+    ).numpy()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("momentum", [None, MOMENTUM, 0.0])
+def test_layers_deviate_from_the_common_rate(seed, momentum):
+    gram, slopes = layered(seed)
+    total = np.zeros((5, 2))
+    total[:4, 0] = total[4, 1] = 1.0
+    common = choose(total.T @ gram @ total, slopes @ total, True, momentum)
+    found = solve_layers(gram, slopes, momentum)
+    assert found[-1] == common[1]
+
+    def objective(e):
+        c = total @ common + np.append(e, 0.0)
+        return value(gram, slopes, c) + 0.5 * np.diag(gram)[:4] @ e**2
+
+    least = optimize.minimize(objective, np.zeros(4), tol=1e-14)
+    np.testing.assert_allclose(found[:4] - common[0], least.x, atol=1e-6)
+    assert value(gram, slopes, found) <= value(gram, slopes, total @ common)
+
+
+def test_coupled_layers_take_shorter_steps_than_each_alone():
+    """Two layers whose parts do the same share the way between them."""
+    gram = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    found = solve_layers(gram, np.array([-1.0, -1.0, 0.0]))
+    np.testing.assert_allclose(found, [0.5, 0.5, 0.0], atol=1e-12)
+
+
+def test_layers_without_a_part_and_the_first_step():
+    """Rows of zero: no gradient in a layer, no last update."""
+    gram, slopes = layered(1)
+    for index in (1, 4):
+        gram[index] = gram[:, index] = slopes[index] = 0.0
+    found = solve_layers(gram, slopes)
+    rest = [0, 2, 3, 4]
+    less = solve_layers(gram[np.ix_(rest, rest)], slopes[rest])
+    np.testing.assert_allclose(found[rest], less, rtol=1e-9)
+    assert found[4] == 0.0
+    assert np.all(solve_layers(0 * gram, 0 * slopes) == 0.0)
+
+
+def test_scale_of_a_part_does_not_matter():
+    gram, slopes = layered(2)
+    # The common rate alone would see it: it is held by equal scales.
+    found = solve_layers(gram, slopes)
+    np.testing.assert_allclose(
+        solve_layers(9 * gram, 3 * slopes), found / 3, rtol=1e-12
+    )
+
+
+def test_what_is_not_finite_stays_so_and_raises_nothing():
+    gram, slopes = layered(0)
+    gram[0, 0] = np.nan
+    assert not np.all(np.isfinite(solve_layers(gram, slopes)))
