@@ -65,7 +65,7 @@ class KFAC(PreconditionedOptimizer):
             Defaults to `50`.
         refresh_growth: Warm-up of both periods: the gap after step t is at
             most `refresh_growth · t` steps. `None` for no warm-up. Defaults
-            to `0.15`.
+            to `0.35`.
         refresh_where: Where the inverses are refreshed when they are due:
             `"graph"`, in the step; `"host"`, on the CPU between two steps;
             `"async"`, on the CPU while the next steps run with the old ones,
@@ -142,7 +142,7 @@ class KFAC(PreconditionedOptimizer):
         damping_split: str = "global",
         curvature_update_period: int = 10,
         inverse_update_period: int = 50,
-        refresh_growth: float | None = 0.15,
+        refresh_growth: float | None = 0.35,
         refresh_where: str = "graph",
         quadratic_model: Any = "estimated",
         norm_constraint: float | None = None,

@@ -11,10 +11,9 @@ import tensorflow as tf
 from keras_natgrad.linalg import scalar
 from keras_natgrad.step.refresh import Refresh, check_period
 
-# The running average spans a fifth of the steps so far; no gap is longer than a
-# tenth of them.
+# The running average spans a fifth of the steps so far; no gap is longer.
 _SPAN = 0.2
-_LONGEST_GAP = 0.1
+_LONGEST_GAP = 0.2
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
