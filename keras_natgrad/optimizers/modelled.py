@@ -221,7 +221,13 @@ class ModelledOptimizer(RetractingOptimizer):
         def update() -> tf.Tensor:
             gram = self._batch_gram(observation, candidates)
             gram = tf.cast(gram, self.curvature_dtype)
-            self._average.add(pad(gram, self._directions), norms, step)
+            batch = tf.shape(observation.terms[0].outputs)[0]
+            self._average.add(
+                pad(gram, self._directions),
+                norms,
+                step,
+                batch < _MODEL_EXAMPLES,
+            )
             return tf.constant(0)
 
         tf.cond(self._average.is_due(step), update, lambda: tf.constant(0))

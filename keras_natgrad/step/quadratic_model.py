@@ -11,9 +11,11 @@ import tensorflow as tf
 from keras_natgrad.linalg import scalar
 from keras_natgrad.step.refresh import Refresh, check_period
 
-# The running average spans a fifth of the steps so far; no gap is longer.
+# The running average spans a fifth of the steps so far; no gap is longer. With
+# few examples estimates are noisy, and the gaps half as long.
 _SPAN = 0.2
 _LONGEST_GAP = 0.2
+_LONGEST_GAP_OF_FEW = 0.1
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -132,8 +134,6 @@ class AveragedGram:
         size: int = 2,
     ) -> None:
         self.model = model
-        if refresh.growth is not None:
-            refresh = replace(refresh, growth=min(refresh.growth, _LONGEST_GAP))
         self._refresh = refresh
         # Of δᵀFδ, every replica knows its examples' part.
         add_sum = add_sum or add_curvature_variable
@@ -151,13 +151,20 @@ class AveragedGram:
         """Returns whether the curvature is computed at this step."""
         return self._refresh.is_due(step, self._due_at.value)
 
-    def add(self, gram: tf.Tensor, norms: tf.Tensor, step: tf.Tensor) -> None:
+    def add(
+        self,
+        gram: tf.Tensor,
+        norms: tf.Tensor,
+        step: tf.Tensor,
+        few: tf.Tensor | bool = False,
+    ) -> None:
         """Averages in what one batch says.
 
         Args:
             gram: Tensor `[size, size]`, Q.
             norms: Tensor `[size]`, the n_i, zero for a direction of zero.
             step: Scalar integer, counted from zero.
+            few: Whether the batch has few examples.
         """
         scale = tf.math.reciprocal_no_nan(norms)
         decay = self._decay(step, gram.dtype)
@@ -170,12 +177,25 @@ class AveragedGram:
         self._weights.assign(
             tf.where(seen, decay * weights + (1 - decay), weights)
         )
-        self._due_at.assign(self._refresh.next_due(step, self.model.period))
+        self._due_at.assign(self._next_due(step, few))
 
     def read(self, norms: tf.Tensor) -> tf.Tensor:
         """Returns Q for directions of these norms, this replica's part."""
         mean = tf.math.divide_no_nan(self._quotients.value, self._weights.value)
         return mean * norms * norms[:, tf.newaxis]
+
+    def _next_due(self, step: tf.Tensor, few: tf.Tensor | bool) -> tf.Tensor:
+        refresh, period = self._refresh, self.model.period
+        if refresh.growth is None:
+            return refresh.next_due(step, period)
+        gaps = (_LONGEST_GAP_OF_FEW, _LONGEST_GAP)
+        early, late = (
+            replace(refresh, growth=min(refresh.growth, gap)).next_due(
+                step, period
+            )
+            for gap in gaps
+        )
+        return tf.where(few, early, late)
 
     def _decay(self, step: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
         updates = tf.cast(step, dtype) / scalar(self.model.period, dtype)

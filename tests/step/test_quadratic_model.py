@@ -80,14 +80,25 @@ def test_due_at_multiples_of_the_period():
     assert due == [0, 3, 6, 9]
 
 
-def test_gaps_open_with_the_steps():
+@pytest.mark.parametrize(
+    ("few", "alone", "then"),
+    [(False, 11, [12, 14, 16, 19, 22]), (True, 21, [22, 24, 26])],
+)
+def test_gaps_open_with_the_steps(few, alone, then):
+    """At a fifth of the steps, or a tenth where examples are few."""
     average = averaged(kng.QuadraticModel(period=4), growth=0.5)
     due = []
     for step in range(60):
         if average.is_due(tf.constant(step)):
             due.append(step)
-            add(average, GRAM, [1.0, 1.0], tf.constant(step))
-    assert due[:21] == list(range(21)) and due[21:24] == [22, 24, 26]
+            average.add(
+                tf.constant(GRAM),
+                tf.ones([2], tf.float64),
+                tf.constant(step),
+                few,
+            )
+    assert due[:alone] == list(range(alone))
+    assert due[alone : alone + len(then)] == then
     assert np.diff(due)[-3:].tolist() == [4, 4, 4]
 
 
