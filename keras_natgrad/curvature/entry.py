@@ -34,10 +34,9 @@ _FALLBACKS: dict[str, type[GradientBlock]] = {
 }
 _SHARING = ("expand", "reduce")
 _AUTO = "auto"
-# The two names of each block that is made of one Kronecker product.
+# The two names of each block that is made of one Kronecker product. For all
+# layers, they leave those with a block of their own with it.
 _KRONECKER = ("kronecker", "kfac", "eigen", "ekfac")
-# Choices that leave layers with a block of their own with it.
-_GENERAL = (_AUTO, "kronecker", "eigen", "ekfac")
 # One name for all layers, or one per pattern.
 Choices: TypeAlias = str | Mapping[Any, str]
 
@@ -123,7 +122,7 @@ class BlockOptions:
             chosen = first_match(chosen, layer.label) or _AUTO
             if chosen != _AUTO:
                 return chosen
-        if chosen in _GENERAL and layer.block:
+        if chosen in (_AUTO, *_KRONECKER) and layer.block:
             return layer.block
         if chosen == _AUTO:
             scaled = layer.reads_inputs and not layer.layout.two_way

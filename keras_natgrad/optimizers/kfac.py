@@ -35,7 +35,8 @@ class KFAC(PreconditionedOptimizer):
     The optimizer must see the layers: attach it to the model.
 
     Args:
-        learning_rate: `"auto"` for α from the quadratic model, or a float, a
+        learning_rate: `"auto"` for α from the quadratic model, one for each
+            layer (`QuadraticModel.by_layer`), or a float, a
             `keras.optimizers.schedules.LearningRateSchedule`, a callable, or
             a `keras_natgrad.LineSearch` that tries powers of two on the batch
             (along the preconditioned gradient, before momentum is added; that

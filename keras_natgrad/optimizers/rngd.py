@@ -360,5 +360,7 @@ def _check_damping(name: str, value: Any) -> float:
     if number and value >= 0:
         return float(value)
     raise ValueError(
-        f"`{name}` must be a non-negative float. Received: {name}={value!r}"
+        f"`{name}` must be a non-negative float"
+        f"{', or `auto`' if name == 'damping' else ''}. "
+        f"Received: {name}={value!r}"
     )

@@ -121,6 +121,9 @@ def test_own_block_of_a_layer_unless_a_pattern_says_otherwise(monkeypatch):
 
     for block, expected in [
         ("kronecker", "full"),
+        ("kfac", "full"),
+        ("eigen", "full"),
+        ("ekfac", "full"),
         ({"last": "diagonal"}, "full"),
         ({"own": "kronecker"}, "kronecker"),
         ("diagonal", "diagonal"),

@@ -209,9 +209,8 @@ def test_layers_without_a_part_and_the_first_step():
     assert np.all(solve_layers(0 * gram, 0 * slopes) == 0.0)
 
 
-def test_scale_of_a_part_does_not_matter():
+def test_scale_of_all_directions_does_not_matter():
     gram, slopes = layered(2)
-    # The common rate alone would see it: it is held by equal scales.
     found = solve_layers(gram, slopes)
     np.testing.assert_allclose(
         solve_layers(9 * gram, 3 * slopes), found / 3, rtol=1e-12
