@@ -49,6 +49,7 @@ class Task:
         steps_per_execution: Steps run by one call of the compiled function.
             Above one where a step is so short that the call would be a good
             part of it.
+        loss_weight: Factor of the training loss, or `None` for one.
     """
 
     name: ClassVar[str]
@@ -60,6 +61,7 @@ class Task:
     seconds: ClassVar[float] = 60.0
     tuning_steps: ClassVar[int] = 5000
     steps_per_execution: ClassVar[int] = 1
+    loss_weight: float | None = None
 
     def __init__(
         self,

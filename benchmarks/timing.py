@@ -97,6 +97,7 @@ class KerasContender:
         self._model.compile(
             optimizer=optimizer,
             loss=task.loss(),
+            loss_weights=task.loss_weight,
             jit_compile=jit_compile,
             steps_per_execution=self._steps_per_call,
         )

@@ -267,9 +267,15 @@ class Block(abc.ABC):
 
     def averages(self) -> tuple[tf.Tensor, ...]:
         """Returns the debiased running averages."""
+        return tuple(self.debias(average.value) for average in self._averages)
+
+    def debias(self, value: tf.Tensor) -> tf.Tensor:
+        """Corrects a running average, or what is linear in it.
+
+        A trace is corrected for a fraction of what its whole matrix costs.
+        """
         weight = self._weight.value
-        safe = tf.where(weight > 0, weight, tf.ones_like(weight))
-        return tuple(average.value / safe for average in self._averages)
+        return value / tf.where(weight > 0, weight, tf.ones_like(weight))
 
     def is_empty(self) -> tf.Tensor:
         """Returns a scalar bool: no statistics have been seen yet."""

@@ -110,6 +110,11 @@ class FeatureScaledBlock(KroneckerBlock):
         return left / root / root[:, tf.newaxis], right
 
     @override
+    def factor_traces(self) -> tuple[tf.Tensor, tf.Tensor]:
+        _, right = super().factor_traces()
+        return tf.reduce_sum(self._squares() / self._scales()), right
+
+    @override
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -136,8 +141,10 @@ class FeatureScaledBlock(KroneckerBlock):
 
     def _scales(self) -> tf.Tensor:
         """Returns D, `[rows]`."""
-        left, magnitude, _ = super().averages()
-        square = left if left.shape.rank == 1 else tf.linalg.diag_part(left)
+        square, magnitude = (
+            self._squares(),
+            self.debias(self._averages[1].value),
+        )
         scales = tf.square(tf.math.divide_no_nan(square, magnitude))
         rare = tf.square(magnitude) < _RARELY * square
         largest = tf.reduce_max(tf.where(rare, tf.zeros_like(scales), scales))
@@ -145,3 +152,10 @@ class FeatureScaledBlock(KroneckerBlock):
         relative = tf.math.divide_no_nan(scales, largest)
         ones = tf.ones_like(scales)
         return tf.where(known, tf.maximum(relative, _SMALLEST), ones)
+
+    def _squares(self) -> tf.Tensor:
+        """Returns the features' second moments, `[rows]`."""
+        left = self._input.average.value
+        return self.debias(
+            left if left.shape.rank == 1 else tf.linalg.diag_part(left)
+        )

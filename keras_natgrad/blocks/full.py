@@ -58,7 +58,9 @@ class FullBlock(Block):
 
     @override
     def trace(self) -> tf.Tensor:
-        return tf.reduce_sum(tf.linalg.trace(self.averages()[0]))
+        return self.debias(
+            tf.reduce_sum(tf.linalg.trace(self._averages[0].value))
+        )
 
     @override
     def refresh(

@@ -165,12 +165,18 @@ class KroneckerBlock(Block):
         left, right = self.averages()
         return left, right
 
+    def factor_traces(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the traces of `factors`, of each group."""
+        left, right = self._input, self._output
+        return (
+            self.debias(left.trace(left.average.value)),
+            self.debias(right.trace(right.average.value)),
+        )
+
     @override
     def trace(self) -> tf.Tensor:
-        left, right = self.factors()
-        return tf.reduce_sum(
-            self._input.trace(left) * self._output.trace(right)
-        )
+        left, right = self.factor_traces()
+        return tf.reduce_sum(left * right)
 
     @override
     def refresh(
@@ -182,11 +188,11 @@ class KroneckerBlock(Block):
 
     @override
     def factor_scales(self) -> FactorScales:
-        left, right = self.factors()
+        left, right = self.factor_traces()
         return FactorScales(
-            tf.reduce_sum(self._input.trace(left)),
+            tf.reduce_sum(left),
             self._input.size * self._input.groups,
-            tf.reduce_sum(self._output.trace(right)),
+            tf.reduce_sum(right),
             self._output.size * self._output.groups,
         )
 

@@ -225,7 +225,7 @@ class CoupledBlock(MetricBlock):
 
     @override
     def trace(self) -> tf.Tensor:
-        return tf.linalg.trace(self.averages()[0][0])
+        return self.debias(tf.linalg.trace(self._averages[0].value[0]))
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
