@@ -256,7 +256,7 @@ def table_row(name: str, row: dict[str, Any]) -> str:
     """Returns the line of one model."""
     losses = row["losses"]
     cells = [
-        f"`{name}`",
+        f"`{name}`" + ("" if "dropout_off" in row else " †"),
         f"{row['side']}²",
         f"{row['parameters'] / 1e6:.1f} M",
         *(f"{row[k]:.1%}" for k in ("captured", "fallback", "first_order")),
@@ -286,16 +286,18 @@ PAGE = """\
 `keras.applications`, with random weights and {classes} classes, on one batch of
 {batch} random images of {side} × {side} pixels (or the smallest that the model
 takes), {steps} steps (fewer, at least {least}, where they are slow), float32,
-eagerly on two cores that were shared with other work.
+eagerly on two cores that were shared with other work. The rows with † are of
+an earlier run, with one learning rate for all layers.
 
 - captured, fallback, first order: shares of the trainable parameters, as
   `optimizer.summary()` prints them ([layers](layers.md));
 - loss: of the training pass of the first and the last step; least: of all
-  steps. Dropout and stochastic depth are on, so that the loss of one step is
-  noisy;
+  steps. Dropout and stochastic depth are off, except in the rows with †: at
+  eight examples the loss of a step is mostly their noise;
 - taken back: steps after which the loss surged, and which were undone;
 - s / step: median after the first step. In these first steps all statistics
-  and inverses are computed anew, as the warm-up of the periods asks;
+  and inverses are computed anew, as the warm-up of the periods asks. The rows
+  without † ran on one core of a slower machine;
 - curvature: state of the blocks; peak: memory of the whole process.
 
 `python -m benchmarks.models` writes this page. It shows what attaches and
@@ -314,11 +316,7 @@ channel of ConvNeXt is captured.
 
 Without normalisation (`VGG16`, `VGG19`) the first steps are far too long: they
 are taken back, and the damping rises tenfold, then a hundred and a thousand
-times, until one holds; only then does the loss fall. `ConvNeXtTiny` and both
-`MobileNetV3` surge once.
-With all dropout off, `EfficientNetV2B0` and `V2B1` fall in each of five steps
-(3.3 → 0.0044 and 4.5 → 0.013): their last losses in the table are noise of
-dropout, at eight examples.
+times, until one holds; only then does the loss fall.
 
 ## Small versions of other models
 

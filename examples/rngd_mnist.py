@@ -187,8 +187,13 @@ def train(run: Run, splits: dict, arguments: argparse.Namespace) -> None:
         .cache()
         .shuffle(len(x), seed=run.seed)
         .batch(arguments.batch_size, drop_remainder=True)
-        .prefetch(tf.data.AUTOTUNE)
+        .prefetch(2)
     )
+    # The thread that tunes a pipeline sleeps twice as long each time, and an
+    # epoch ends only when it wakes: on the clock, up to twice the time.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    batches = batches.with_options(options)
     model.compile(
         optimizer,
         loss,

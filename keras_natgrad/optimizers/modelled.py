@@ -131,8 +131,13 @@ class ModelledOptimizer(RetractingOptimizer):
         damped *= signs[:, tf.newaxis] * signs
         slopes *= signs
         length = self.length
-        solve = layer_coefficients if by_layer else quadratic_coefficients
-        coefficients = solve(damped, slopes, length, rate)
+        if by_layer:
+            batch = self._batch_size(observation)
+            coefficients = layer_coefficients(
+                damped, slopes, length, rate, _samples(batch)
+            )
+        else:
+            coefficients = quadratic_coefficients(damped, slopes, length, rate)
         if length.automatic_rate:
             coefficients *= tf.concat([rate * ones, [1.0]], axis=0)
         if self.norm_constraint is not None:
@@ -221,12 +226,11 @@ class ModelledOptimizer(RetractingOptimizer):
         def update() -> tf.Tensor:
             gram = self._batch_gram(observation, candidates)
             gram = tf.cast(gram, self.curvature_dtype)
-            batch = tf.shape(observation.terms[0].outputs)[0]
             self._average.add(
                 pad(gram, self._directions),
                 norms,
                 step,
-                batch < _MODEL_EXAMPLES,
+                self._batch_size(observation) < _MODEL_EXAMPLES,
             )
             return tf.constant(0)
 
@@ -270,11 +274,13 @@ class ModelledOptimizer(RetractingOptimizer):
                 self._by_layer,
             )
 
-        count = tf.clip_by_value(
-            _MODEL_EXAMPLES // tf.maximum(captured.batch, 1), 1, _MOST_ESTIMATES
-        )
+        count = _estimates(captured.batch)
         total = sum_over(once, count)
         return total / tf.cast(count, total.dtype)
+
+    def _batch_size(self, observation: Observation) -> tf.Tensor:
+        """Returns the number of examples of the batch, on this replica."""
+        return tf.shape(observation.terms[0].outputs)[0]
 
     def _capture(self, observation: Observation) -> CapturedPass:
         """Returns the forward pass, ready to send cotangents back through."""
@@ -287,3 +293,16 @@ class ModelledOptimizer(RetractingOptimizer):
             [variable.value for variable in variables],
             observation.share,
         )
+
+
+def _estimates(batch: tf.Tensor) -> tf.Tensor:
+    """Returns how many estimates of the model a batch takes."""
+    return tf.clip_by_value(
+        _MODEL_EXAMPLES // tf.maximum(batch, 1), 1, _MOST_ESTIMATES
+    )
+
+
+def _samples(batch: tf.Tensor) -> tf.Tensor:
+    """Returns the number of squares that their mean is taken of."""
+    used = tf.clip_by_value(batch, 1, _MODEL_EXAMPLES)
+    return used * _estimates(batch)

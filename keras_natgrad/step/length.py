@@ -79,26 +79,31 @@ def layer_coefficients(
     slopes: tf.Tensor,
     length: StepLength,
     learning_rate: tf.Tensor,
+    samples: tf.Tensor | float,
 ) -> tf.Tensor:
     """Returns (α₁, …, α_L, μ): a rate for each layer's part of Δ.
 
     `quadratic_coefficients` gives the best common α, and μ. Around them each
     layer's rate `α + e_l` minimises
 
-        M(c) + ½ Σ_l Q_ll e_l²,
+        M(c) + ½ (1 + 2 L/n) Σ_l Q_ll e_l²,
 
     with the model M of `quadratic_coefficients` along the parts Δ_l and
     δ₋₁. The inverse of each block is right only up to a factor, and does not
     know the other layers; both show in M. The second term, as large as the
     layers' own part in the curvature of M, keeps in check what the few
-    examples of a batch say of so many coefficients. A layer with a part of
-    zero has the common rate.
+    examples of a batch say of so many coefficients. Where Q is the mean over n
+    samples, the slope of M along one layer has the variance of L others that
+    are as large, over n. Wiener's factor for signal and noise in that ratio,
+    1/(1 + L/n), is that of e with L/n in the second term. A layer with a part
+    of zero has the common rate.
 
     Args:
         gram: Tensor `[L + 1, L + 1]`, Q, with δ₋₁ last.
         slopes: Tensor `[L + 1]`, b.
         length: `StepLength`, with the rate free.
         learning_rate: Scalar.
+        samples: n, scalar.
 
     Returns:
         Tensor `[L + 1]`.
@@ -119,11 +124,12 @@ def layer_coefficients(
     rates = tf.concat([tf.repeat(common[:1], layers), common[1:]], axis=0)
     slope = (slopes + tf.linalg.matvec(gram, rates))[:layers]
     own = gram[:layers, :layers]
-    # In units of √Q_ll the equations are (Q + diag Q) e = −slope with a unit
-    # diagonal: the matrix has no eigenvalue below one.
+    # In units of √Q_ll the equations are (Q + k diag Q) e = −slope with a unit
+    # diagonal: the matrix has no eigenvalue below k = 1 + 2 L/n.
     unit = tf.math.reciprocal_no_nan(tf.sqrt(tf.linalg.diag_part(own)))
     identity = tf.eye(layers, dtype=own.dtype)
-    matrix = own * unit * unit[:, tf.newaxis] + identity
+    weight = 1 + 2 * layers / tf.cast(samples, own.dtype)
+    matrix = own * unit * unit[:, tf.newaxis] + weight * identity
     finite = tf.math.is_finite(tf.reduce_sum(matrix))
     matrix = tf.where(finite, matrix, identity)
     deviations = -unit * tf.squeeze(

@@ -150,3 +150,23 @@ def test_only_for_numbers_and_one_matrix(shape):
 
 def test_memory(make):
     assert make().memory == 2 * (ROWS**2 + COLUMNS**2) + 2 * ROWS
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("bound", [100, 3, 2])
+@pytest.mark.parametrize("kind", [FeatureScaledBlock, KroneckerBlock])
+def test_traces_are_those_of_the_factors(
+    kind, bound, decay, make, inputs, cotangents
+):
+    """They are taken of the raw averages, which is cheaper."""
+    block = feed(make(kind, max_factor_size=bound), inputs, cotangents, decay)
+    expected = [
+        np.trace(factor) if np.ndim(factor) == 2 else np.sum(factor)
+        for factor in map(np.asarray, block.factors())
+    ]
+    np.testing.assert_allclose(block.factor_traces(), expected, rtol=1e-12)
+    np.testing.assert_allclose(block.trace(), np.prod(expected), rtol=1e-12)
+    scales = block.factor_scales()
+    np.testing.assert_allclose(
+        [scales.input_trace, scales.output_trace], expected, rtol=1e-12
+    )

@@ -327,6 +327,7 @@ def test_a_rate_for_each_layer(loss, momentum, eager):
         model_period=2,
         model_decay=0.4,
         by_layer=True,
+        samples=4,  # Of one example.
     )
     model = mlp([3, 4, 3, 1])
     _, reference = check_steps(

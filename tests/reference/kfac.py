@@ -185,6 +185,7 @@ class Settings:
     model_period: int = 1
     model_decay: float = 0.0
     by_layer: bool = False
+    samples: int = 1
 
 
 def feature_scales(moment: Array, magnitude: Array) -> Array:
@@ -326,16 +327,19 @@ class ReferenceKFAC:
     def _choose_by_layer(self, gram: Array, slopes: Array) -> Array:
         """The common rate and a deviation e of each layer from it.
 
-        `(Q + diag Q) e = −(b + Q c)` over the layers, c being the common rate
-        and the momentum.
+        `(Q + (1 + 2 L/n) diag Q) e = −(b + Q c)` over the L layers, c being the
+        common rate and the momentum, n the samples in Q.
         """
         layers = len(slopes) - 1
+        weight = 1.0 + 2.0 * layers / self.settings.samples
         common = np.zeros((layers + 1, 2))
         common[:layers, 0] = common[layers, 1] = 1.0
         c = common @ self._choose(common.T @ gram @ common, slopes @ common)
         own = gram[:layers, :layers]
         rest = (slopes + gram @ c)[:layers]
-        c[:layers] -= np.linalg.solve(own + np.diag(np.diag(own)), rest)
+        c[:layers] -= np.linalg.solve(
+            own + weight * np.diag(np.diag(own)), rest
+        )
         return c
 
     def step(self, x: Array, terms: Sequence[Term]) -> list[Array]:

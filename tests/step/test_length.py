@@ -161,28 +161,32 @@ def layered(seed, layers=4):
     return gram, -gram @ rng.uniform(0.2, 1.0, size=layers + 1)
 
 
-def solve_layers(gram, slopes, momentum=None):
+def solve_layers(gram, slopes, momentum=None, samples=1e12):
     return layer_coefficients(
         tf.constant(gram),
         tf.constant(slopes),
         StepLength(True, momentum),
         tf.constant(1.0, tf.float64),
+        samples,
     ).numpy()
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("momentum", [None, MOMENTUM, 0.0])
-def test_layers_deviate_from_the_common_rate(seed, momentum):
+@pytest.mark.parametrize("samples", [2, 64, 1e12])
+def test_layers_deviate_from_the_common_rate(seed, momentum, samples):
     gram, slopes = layered(seed)
     total = np.zeros((5, 2))
     total[:4, 0] = total[4, 1] = 1.0
     common = choose(total.T @ gram @ total, slopes @ total, True, momentum)
-    found = solve_layers(gram, slopes, momentum)
+    found = solve_layers(gram, slopes, momentum, samples)
     assert found[-1] == common[1]
+    weight = 1 + 2 * 4 / samples
 
     def objective(e):
         c = total @ common + np.append(e, 0.0)
-        return value(gram, slopes, c) + 0.5 * np.diag(gram)[:4] @ e**2
+        own = 0.5 * weight * np.diag(gram)[:4] @ e**2
+        return value(gram, slopes, c) + own
 
     least = optimize.minimize(objective, np.zeros(4), tol=1e-14)
     np.testing.assert_allclose(found[:4] - common[0], least.x, atol=1e-6)
