@@ -316,7 +316,10 @@ channel of ConvNeXt is captured.
 
 Without normalisation (`VGG16`, `VGG19`) the first steps are far too long: they
 are taken back, and the damping rises tenfold, then a hundred and a thousand
-times, until one holds; only then does the loss fall.
+times, until one holds; only then does the loss fall. `ConvNeXtTiny` and both
+`MobileNetV3` surge once. Without dropout, with the rates by layer,
+`EfficientNetV2B0` falls from 3.3 to less than 0.001 in six steps and
+`MobileNetV2` from 2.7 to 0.04 in eight.
 
 ## Small versions of other models
 

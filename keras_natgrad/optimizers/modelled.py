@@ -112,7 +112,8 @@ class ModelledOptimizer(RetractingOptimizer):
             [metric_dots(each, each, metrics) for each in candidates[1:]],
         )
         norms = tf.sqrt(tf.maximum(squares, 0))
-        gram = self._gram(observation, candidates, norms)
+        batch = _batch_size(observation)
+        gram = self._gram(observation, candidates, norms, batch)
         damped = gram + ridge_gram(
             candidates,
             self.state.damping.value,
@@ -132,7 +133,6 @@ class ModelledOptimizer(RetractingOptimizer):
         slopes *= signs
         length = self.length
         if by_layer:
-            batch = self._batch_size(observation)
             coefficients = layer_coefficients(
                 damped, slopes, length, rate, _samples(batch)
             )
@@ -213,6 +213,7 @@ class ModelledOptimizer(RetractingOptimizer):
         observation: Observation,
         candidates: Sequence[Any],
         norms: tf.Tensor,
+        batch: tf.Tensor,
     ) -> tf.Tensor:
         """Returns `δ_iᵀ F δ_j`, averaged as the quadratic model says.
 
@@ -220,6 +221,7 @@ class ModelledOptimizer(RetractingOptimizer):
             observation: The batch.
             candidates: One or two directions, `P∇` first.
             norms: Tensor `[directions]`, the n_i of `QuadraticModel`.
+            batch: See `_batch_size`.
         """
         step = tf.convert_to_tensor(self.iterations)
 
@@ -230,7 +232,7 @@ class ModelledOptimizer(RetractingOptimizer):
                 pad(gram, self._directions),
                 norms,
                 step,
-                self._batch_size(observation) < _MODEL_EXAMPLES,
+                batch < _MODEL_EXAMPLES,
             )
             return tf.constant(0)
 
@@ -278,10 +280,6 @@ class ModelledOptimizer(RetractingOptimizer):
         total = sum_over(once, count)
         return total / tf.cast(count, total.dtype)
 
-    def _batch_size(self, observation: Observation) -> tf.Tensor:
-        """Returns the number of examples of the batch, on this replica."""
-        return tf.shape(observation.terms[0].outputs)[0]
-
     def _capture(self, observation: Observation) -> CapturedPass:
         """Returns the forward pass, ready to send cotangents back through."""
         variables = _compat.optimizer_variables(self)
@@ -295,6 +293,13 @@ class ModelledOptimizer(RetractingOptimizer):
         )
 
 
+def _batch_size(observation: Observation) -> tf.Tensor:
+    """Returns the examples of a replica, the mean over all: the same on all."""
+    own = tf.shape(observation.terms[0].outputs)[0]
+    total = distribution.sum_over_replicas(tf.cast(own, tf.float32))
+    return tf.cast(total / distribution.replica_count(), tf.int32)
+
+
 def _estimates(batch: tf.Tensor) -> tf.Tensor:
     """Returns how many estimates of the model a batch takes."""
     return tf.clip_by_value(
@@ -303,6 +308,6 @@ def _estimates(batch: tf.Tensor) -> tf.Tensor:
 
 
 def _samples(batch: tf.Tensor) -> tf.Tensor:
-    """Returns the number of squares that their mean is taken of."""
+    """Returns how many samples all replicas' estimates are the mean of."""
     used = tf.clip_by_value(batch, 1, _MODEL_EXAMPLES)
-    return used * _estimates(batch)
+    return distribution.replica_count() * used * _estimates(batch)
