@@ -334,7 +334,7 @@ def test_a_rate_for_each_layer(loss, momentum, eager):
         model,
         settings,
         loss,
-        30,
+        20,  # Later the gradient is rounding, and so are the rates.
         eager=eager,
         batch=1,
         fisher="propagated",
