@@ -296,8 +296,7 @@ an earlier run, with one learning rate for all layers.
   eight examples the loss of a step is mostly their noise;
 - taken back: steps after which the loss surged, and which were undone;
 - s / step: median after the first step. In these first steps all statistics
-  and inverses are computed anew, as the warm-up of the periods asks. The rows
-  without † ran on one core of a slower machine;
+  and inverses are computed anew, as the warm-up of the periods asks;
 - curvature: state of the blocks; peak: memory of the whole process.
 
 `python -m benchmarks.models` writes this page. It shows what attaches and
@@ -318,8 +317,8 @@ Without normalisation (`VGG16`, `VGG19`) the first steps are far too long: they
 are taken back, and the damping rises tenfold, then a hundred and a thousand
 times, until one holds; only then does the loss fall. `ConvNeXtTiny` and both
 `MobileNetV3` surge once. Without dropout, with the rates by layer,
-`EfficientNetV2B0` falls from 3.3 to less than 0.001 in six steps and
-`MobileNetV2` from 2.7 to 0.04 in eight.
+`EfficientNetV2B0` falls from 3.3 to less than 0.001 in five steps and
+`MobileNetV2` from 2.7 to 0.04 in seven.
 
 ## Small versions of other models
 

@@ -12,6 +12,7 @@ All runs of a seed take turns, with the same weights and batches.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 from pathlib import Path
@@ -38,7 +39,7 @@ def variations(name: str, data: str | None) -> dict[str, tuple[Task, Method]]:
         data: MNIST file, see `benchmarks.data.load_mnist`.
     """
     task = make_task(name, data)
-    other_loss = make_task(name, data)
+    other_loss = copy.copy(task)
     other_loss.loss_weight = FACTOR
     found = {
         "default": (task, _kfac()),
@@ -48,15 +49,11 @@ def variations(name: str, data: str | None) -> dict[str, tuple[Task, Method]]:
     }
     if isinstance(task, MeanSquaredErrorTask):
         # The features' order says nothing of their units.
-        count = task.sizes[0]
-        units = np.logspace(0, -3, count)
-        units = np.random.default_rng(0).permutation(units).astype("float32")
+        units = np.logspace(0, -3, task.sizes[0], dtype="float32")
+        units = np.random.default_rng(0).permutation(units)
         scaled = [
-            (x * scale, y)
-            for x, y, scale in (
-                (*task.train, units),
-                (*map(np.asarray, task.evaluation), units),
-            )
+            (units * np.asarray(x), np.asarray(y))
+            for x, y in (task.train, task.evaluation)
         ]
         found["features spread over 10³"] = (type(task)(*scaled), _kfac())
     return found
@@ -74,11 +71,12 @@ def _kfac(factor: float = 1.0) -> Method:
 
 def measure(name: str, data: str | None, seed: int) -> dict[str, Any]:
     """Returns steps and seconds to the target of every variation."""
+    varied = variations(name, data)
     runs = {
         label: Run(KerasContender(task, method, seed=seed), seed)
-        for label, (task, method) in variations(name, data).items()
+        for label, (task, method) in varied.items()
     }
-    task = make_task(name, data)
+    task, _ = varied["default"]
     every = EVAL_EVERY.get(name, task.eval_every)
     race(list(runs.values()), Budget(task.target, every, seconds=task.seconds))
     reached = {

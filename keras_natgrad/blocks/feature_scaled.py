@@ -141,10 +141,8 @@ class FeatureScaledBlock(KroneckerBlock):
 
     def _scales(self) -> tf.Tensor:
         """Returns D, `[rows]`."""
-        square, magnitude = (
-            self._squares(),
-            self.debias(self._averages[1].value),
-        )
+        square = self._squares()
+        magnitude = self.debias(self._averages[1].value)
         scales = tf.square(tf.math.divide_no_nan(square, magnitude))
         rare = tf.square(magnitude) < _RARELY * square
         largest = tf.reduce_max(tf.where(rare, tf.zeros_like(scales), scales))

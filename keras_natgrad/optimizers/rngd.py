@@ -359,8 +359,8 @@ def _check_damping(name: str, value: Any) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and value >= 0:
         return float(value)
+    also = " or 'auto'" if name == "damping" else ""
     raise ValueError(
-        f"`{name}` must be a non-negative float"
-        f"{', or `auto`' if name == 'damping' else ''}. "
+        f"`{name}` must be a non-negative float{also}. "
         f"Received: {name}={value!r}"
     )

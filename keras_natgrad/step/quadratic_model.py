@@ -48,6 +48,7 @@ class QuadraticModel:
             the best common one (`step.length.layer_coefficients`). The
             estimate of the curvature knows the layers' parts without further
             products; where the model is exact, there is one rate for all.
+            The fewer examples for the layers, the closer they stay to it.
 
     Raises:
         ValueError: If an argument is out of range.
