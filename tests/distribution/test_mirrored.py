@@ -72,6 +72,20 @@ def test_halves_of_unequal_weight(name, mirrored_strategy):
     assert_close(weights(two), weights(one), 1e-5, 1e-5)
 
 
+def test_rates_by_layer_where_replicas_have_unequal_parts(mirrored_strategy):
+    """A last batch of five: three and two examples, and one step for all."""
+    x, y = data(37)
+    with mirrored_strategy.scope():
+        model = network()
+        model.compile(kng.KFAC().attach(model), cross_entropy())
+    model.fit(x, y, epochs=3, **FIT)
+    assert model.optimizer.quadratic_model.by_layer
+    assert model.optimizer.statistics["skipped"] == 0
+    for variable in model.trainable_variables:
+        first, second = variable.value.values
+        np.testing.assert_array_equal(first.numpy(), second.numpy())
+
+
 EIGENBASES = {
     "rngd": lambda: kng.RNGD(
         0.05, relative_damping=0.1, max_metric_elements=30, shared="eigen"
