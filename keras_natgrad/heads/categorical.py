@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_natgrad.heads import tensors
+from keras_natgrad.heads import softmax, tensors
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.probability import distributions
 
@@ -104,21 +104,17 @@ class Categorical(Head):
         self, outputs: tf.Tensor, vector: tf.Tensor
     ) -> tf.Tensor:
         """Computes `√p v - p (√pᵀ v)`, divided by `q` for probabilities."""
-        p = tf.nn.softmax(self._logits(outputs))
-        scaled = tf.sqrt(p) * tensors.cast_like(vector, p)
-        product = scaled - p * tf.reduce_sum(scaled, axis=-1, keepdims=True)
+        product = softmax.factor_product(self._logits(outputs), vector)
         return product if self.from_logits else product / self._floor(outputs)
 
     def fisher_factor_transpose_product(
         self, outputs: tf.Tensor, vector: tf.Tensor
     ) -> tf.Tensor:
         """Computes `√p (v - pᵀ v)`, of `v / q` for probabilities."""
-        p = tf.nn.softmax(self._logits(outputs))
-        vector = tensors.cast_like(vector, p)
         if not self.from_logits:
-            vector = vector / self._floor(outputs)
-        mean = tf.reduce_sum(p * vector, axis=-1, keepdims=True)
-        return tf.sqrt(p) * (vector - mean)
+            floor = self._floor(outputs)
+            vector = tensors.cast_like(vector, floor) / floor
+        return softmax.factor_transpose_product(self._logits(outputs), vector)
 
     def natural_gradient(
         self, outputs: tf.Tensor, gradient: tf.Tensor

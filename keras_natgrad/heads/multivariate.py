@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.heads import tensors
+from keras_natgrad.heads import softmax, tensors
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.family import check_count
 from keras_natgrad.heads.links import get_link, link_config
@@ -165,18 +165,17 @@ class Multinomial(Head):
         self, outputs: tf.Tensor, vector: tf.Tensor
     ) -> tf.Tensor:
         """Computes `√n (√p v − p (√pᵀ v))`."""
-        p = tf.nn.softmax(tensors.as_parameters(outputs))
-        scaled = tf.sqrt(self.total_count * p) * tensors.cast_like(vector, p)
-        return scaled - p * tf.reduce_sum(scaled, axis=-1, keepdims=True)
+        logits = tensors.as_parameters(outputs)
+        product = softmax.factor_product(logits, vector)
+        return self.total_count**0.5 * product
 
     def fisher_factor_transpose_product(
         self, outputs: tf.Tensor, vector: tf.Tensor
     ) -> tf.Tensor:
         """Computes `√(n p) (v − pᵀ v)`."""
-        p = tf.nn.softmax(tensors.as_parameters(outputs))
-        vector = tensors.cast_like(vector, p)
-        mean = tf.reduce_sum(p * vector, axis=-1, keepdims=True)
-        return tf.sqrt(self.total_count * p) * (vector - mean)
+        logits = tensors.as_parameters(outputs)
+        product = softmax.factor_transpose_product(logits, vector)
+        return self.total_count**0.5 * product
 
     def targets_in_support(
         self, outputs: tf.Tensor, targets: tf.Tensor
