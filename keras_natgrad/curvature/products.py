@@ -11,6 +11,10 @@ from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
 from keras_natgrad.curvature.cotangents import OutputTerm
 from keras_natgrad.linalg import Rows, TwoWayRows, slopes, take_examples
 
+# Where the first of the equal parts is sampled: at no simple fraction, or
+# equal sizes would put points between two rows, where rounding decides.
+_FIRST_POINT = (5**0.5 - 1) / 2
+
 
 def jacobian_vector_products(
     tape: tf.GradientTape,
@@ -175,7 +179,8 @@ def proportional_sample(
         The rows, int32 `[count]`, and their weights `[count]`.
     """
     total = tf.cumsum(sizes)
-    points = (tf.range(count, dtype=sizes.dtype) + 0.5) / count * total[-1]
+    points = tf.range(count, dtype=sizes.dtype) + _FIRST_POINT
+    points *= total[-1] / count
     # Comparing all pairs compiles everywhere, and is small.
     below = tf.cast(total[tf.newaxis] <= points[:, tf.newaxis], tf.int32)
     rows = tf.minimum(tf.reduce_sum(below, axis=1), tf.size(sizes) - 1)

@@ -48,24 +48,34 @@ def damped_inverse(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
     Returns:
         A `DampedInverse`.
     """
-    return _retry(inverse_by_blocks, matrix, damping)
+    return _retry(inverse_by_blocks, matrix, damping, _inverse_by_kernels)
 
 
 def _retry(
     function: Callable[[tf.Tensor], tf.Tensor],
     matrix: tf.Tensor,
     damping: tf.Tensor,
+    again: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> DampedInverse:
-    """Returns `function(M + damping I)`, with more damping until finite."""
+    """Returns `function(M + damping I)`, with more damping until finite.
+
+    Args:
+        function: Takes the damped matrix.
+        matrix: M.
+        damping: See `damped_inverse`.
+        again: What computes the same after a failure. Retries are rare: one
+            of few operations keeps the graph small, which a division into
+            blocks would nearly double.
+    """
+    again = again or function
     diagonal = tf.linalg.diag_part(matrix)
     mean_diagonal = tf.reduce_mean(diagonal, axis=-1)
     # A retry must raise the damping to something that rounding can see, also
     # when it was zero or tiny.
     smallest = tf.cast(rounding(matrix.dtype), matrix.dtype) * mean_diagonal
 
-    def attempt(total: tf.Tensor) -> tf.Tensor:
-        damped = tf.linalg.set_diag(matrix, diagonal + total[..., tf.newaxis])
-        return function(damped)
+    def damped(total: tf.Tensor) -> tf.Tensor:
+        return tf.linalg.set_diag(matrix, diagonal + total[..., tf.newaxis])
 
     def failed(result: tf.Tensor) -> tf.Tensor:
         return tf.logical_not(tf.math.is_finite(tf.reduce_sum(result)))
@@ -74,7 +84,7 @@ def _retry(
         total: tf.Tensor, result: tf.Tensor, retries: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         total = tf.maximum(RETRY_GROWTH * total, smallest)
-        return total, attempt(total), retries + 1
+        return total, again(damped(total)), retries + 1
 
     damping = tf.cast(damping, matrix.dtype) + tf.zeros_like(mean_diagonal)
     _, result, retries = tf.while_loop(
@@ -82,7 +92,7 @@ def _retry(
             failed(result), retries < MAX_RETRIES
         ),
         body,
-        (damping, attempt(damping), tf.constant(0, tf.int32)),
+        (damping, function(damped(damping)), tf.constant(0, tf.int32)),
     )
     succeeded = tf.logical_not(failed(result))
     result = tf.where(succeeded, result, tf.zeros([], result.dtype))
@@ -101,7 +111,9 @@ def damped_inverse_root(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
     Returns:
         A `DampedInverse`, whose inverse is that of the factor.
     """
-    return _retry(inverse_cholesky, matrix, damping)
+    return _retry(
+        inverse_cholesky, matrix, damping, _inverse_cholesky_by_kernels
+    )
 
 
 class DampedSolution(NamedTuple):
@@ -177,8 +189,7 @@ def inverse_by_blocks(matrix: tf.Tensor) -> tf.Tensor:
     """
     size = matrix.shape[-1]
     if size <= _LEAF:
-        root = inverse_cholesky(matrix)
-        return tf.matmul(root, root, transpose_a=True)
+        return _inverse_by_kernels(matrix)
     x, z, y = _inverse_cholesky_blocks(matrix)
     corner = tf.matmul(x, x, transpose_a=True)
     corner += tf.matmul(z, z, transpose_a=True)
@@ -214,10 +225,7 @@ def inverse_cholesky(matrix: tf.Tensor) -> tf.Tensor:
     """
     size = matrix.shape[-1]
     if size <= _LEAF:
-        factor = tf.linalg.cholesky(matrix)
-        identity = tf.eye(size, dtype=matrix.dtype)
-        identity = tf.broadcast_to(identity, tf.shape(factor))
-        return tf.linalg.triangular_solve(factor, identity)
+        return _inverse_cholesky_by_kernels(matrix)
     x, z, y = _inverse_cholesky_blocks(matrix)
     above = tf.concat([x, tf.zeros_like(tf.linalg.matrix_transpose(z))], -1)
     return tf.concat([above, tf.concat([z, y], axis=-1)], axis=-2)
@@ -235,6 +243,20 @@ def _inverse_cholesky_blocks(
     schur_complement = corner - tf.matmul(k, k, transpose_b=True)
     y = inverse_cholesky(schur_complement)
     return x, -tf.matmul(y, tf.matmul(k, x)), y
+
+
+def _inverse_cholesky_by_kernels(matrix: tf.Tensor) -> tf.Tensor:
+    """Returns `L⁻¹` by one factorisation and one triangular solve."""
+    factor = tf.linalg.cholesky(matrix)
+    identity = tf.eye(matrix.shape[-1], dtype=matrix.dtype)
+    identity = tf.broadcast_to(identity, tf.shape(factor))
+    return tf.linalg.triangular_solve(factor, identity)
+
+
+def _inverse_by_kernels(matrix: tf.Tensor) -> tf.Tensor:
+    """Returns the inverse `L⁻ᵀ L⁻¹`, not divided into blocks."""
+    root = _inverse_cholesky_by_kernels(matrix)
+    return tf.matmul(root, root, transpose_a=True)
 
 
 def rounding(dtype: tf.DType) -> float:

@@ -241,6 +241,18 @@ def test_proportional_sample(sizes, count):
         assert np.all(np.abs(drawn - count * sizes / total) <= 1 + 1e-6)
 
 
+@pytest.mark.parametrize("rows", [256, 384, 512, 768, 1024])
+def test_proportional_sample_of_equal_sizes_ignores_rounding(rows):
+    """No point falls between two rows, where rounding would draw one."""
+    rng = np.random.default_rng(0)
+    sizes = np.ones(rows, np.float32)
+    expected, _ = proportional_sample(tf.constant(sizes), 256)
+    for _ in range(20):
+        noisy = sizes * (1 + 1e-7 * rng.normal(size=rows)).astype(np.float32)
+        drawn, _ = proportional_sample(tf.constant(noisy), 256)
+        np.testing.assert_array_equal(drawn, expected)
+
+
 def test_estimate_with_an_unused_layer(record):
     """A layer that took no part in the pass contributes nothing."""
     recorded = record(PartlyUsed(), inputs(4, 3), ["normal"])

@@ -93,7 +93,9 @@ def test_late_failure_of_a_block_is_retried(mode):
     """A negative eigenvalue that only the last block meets."""
     matrix = np.eye(200)
     matrix[-1, -1] = -1.0
-    _, retries, succeeded = run(mode, matrix, 0.02)
+    inverse, retries, succeeded = run(mode, matrix, 0.02)
+    expected = np.linalg.inv(matrix + 2.0 * np.eye(200))
+    np.testing.assert_allclose(inverse, expected, rtol=1e-12)
     assert (retries, succeeded) == (2, True)
 
 
