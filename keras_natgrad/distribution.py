@@ -133,6 +133,20 @@ def across_replicas(function: Callable[[], Any]) -> Any:
     )
 
 
+def traced_once(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Returns the function such that a graph that calls it twice holds it once.
+
+    That is, in the Python time of tracing; TensorFlow may inline it. Replicas
+    have variables of their own, and trace by themselves.
+
+    Args:
+        function: Closes over nothing but variables.
+    """
+    if tf.executing_eagerly() or replica_count() > 1:
+        return function
+    return tf.function(function, autograph=False)
+
+
 def refresh_devices() -> Sequence[str]:
     """Returns the devices of this process that share out a refresh."""
     strategy = tf.distribute.get_strategy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -187,7 +187,8 @@ class PreconditionedOptimizer(ModelledOptimizer):
         forced = tf.equal(self.state.refresh_at.value, 0)
         # Otherwise there was a step before this one, and it has held.
         self.state.end_surges(~forced)
-        self._refresh_if(forced)
+        refresh = distribution.traced_once(self._refresh)
+        self._refresh_if(forced, refresh)
         matrices = self.curvature.to_matrices(gradients)
         pulled = self._pulled(matrices)
         solved = self.curvature.precondition(pulled)
@@ -217,7 +218,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
         if self.steps_outside:
             self._ask_if(due & ~forced)
         else:
-            self._refresh_if(due & ~forced)
+            self._refresh_if(due & ~forced, refresh)
 
     def _pulled(self, gradients: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
         """Returns `∇ + λ μ D φ₋₁` of SPRING, or the gradient as it is.
@@ -301,21 +302,21 @@ class PreconditionedOptimizer(ModelledOptimizer):
             scheduled = tf.cast(rule(self.iterations), scale.dtype)
             self.state.damping.assign(scheduled * scale.value)
 
-    def _refresh_if(self, due: tf.Tensor) -> None:
+    def _refresh(self) -> tf.Tensor:
+        """Recomputes the inverses."""
+        damping = self.inverse_damping()
+        self.note_inverses(damping)
+        retries, failures = self.curvature.refresh(
+            damping, self._ridge, distribution.refresh_devices()
+        )
+        self.state.increment(refreshes=1, retries=retries, failures=failures)
+        self._plan_refresh()
+        return tf.constant(0)
+
+    def _refresh_if(
+        self, due: tf.Tensor, refresh: Callable[[], tf.Tensor]
+    ) -> None:
         """Recomputes the inverses when it is time."""
-
-        def refresh() -> tf.Tensor:
-            damping = self.inverse_damping()
-            self.note_inverses(damping)
-            retries, failures = self.curvature.refresh(
-                damping, self._ridge, distribution.refresh_devices()
-            )
-            self.state.increment(
-                refreshes=1, retries=retries, failures=failures
-            )
-            self._plan_refresh()
-            return tf.constant(0)
-
         distribution.across_replicas(
             lambda: tf.cond(due, refresh, lambda: tf.constant(0))
         )
@@ -342,7 +343,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
 
         Steps do so by themselves when it is due.
         """
-        self._refresh_if(tf.constant(True))
+        self._refresh_if(tf.constant(True), self._refresh)
 
     def after_step(self) -> None:
         """Refreshes inverses outside the graph, with `refresh_where`.

@@ -249,7 +249,7 @@ class RNGD(PreconditionedOptimizer):
         started = self.identity_start | (updates > 0)
         due = self.refresh.is_due(batches, self.state.refresh_at.value)
         self._set_damping()
-        self._refresh_if(due & started & observation.accepted)
+        self._refresh_if(due & started & observation.accepted, self._refresh)
 
         def update() -> tf.Tensor:
             assert isinstance(self.curvature, RelativeCurvature)
@@ -284,7 +284,8 @@ class RNGD(PreconditionedOptimizer):
     ) -> None:
         # Without a start at the identity there is no inverse before the first
         # batch, and that of the first batch has to do.
-        self._refresh_if(tf.equal(self.state.count("refreshes"), 0))
+        first = tf.equal(self.state.count("refreshes"), 0)
+        self._refresh_if(first, self._refresh)
         matrices = self.curvature.to_matrices(gradients)
         solved = self.curvature.precondition(matrices)
         rate = tf.cast(learning_rate, self.curvature_dtype)
@@ -293,26 +294,16 @@ class RNGD(PreconditionedOptimizer):
         self.state.note(learning_rate=rate, momentum=momentum)
 
     @override
-    def _refresh_if(self, due: tf.Tensor) -> None:
-        batches = self.state.count("batches")
-
-        def refresh() -> tf.Tensor:
-            retries, failures = self.curvature.refresh(
-                self.inverse_damping(),
-                self._ridge,
-                distribution.refresh_devices(),
-            )
-            self.state.increment(
-                refreshes=1, retries=retries, failures=failures
-            )
-            self.state.refresh_at.assign(
-                self.refresh.next_due(batches, self.refresh.inverse_period)
-            )
-            return tf.constant(0)
-
-        distribution.across_replicas(
-            lambda: tf.cond(due, refresh, lambda: tf.constant(0))
+    def _refresh(self) -> tf.Tensor:
+        retries, failures = self.curvature.refresh(
+            self.inverse_damping(), self._ridge, distribution.refresh_devices()
         )
+        self.state.increment(refreshes=1, retries=retries, failures=failures)
+        batches = self.state.count("batches")
+        self.state.refresh_at.assign(
+            self.refresh.next_due(batches, self.refresh.inverse_period)
+        )
+        return tf.constant(0)
 
     # -- Saving ----------------------------------------------------------
 

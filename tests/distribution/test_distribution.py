@@ -111,6 +111,30 @@ def test_across_replicas_sums_are_read(mirrored_strategy):
     assert in_replicas(mirrored_strategy, body) == [3.0, 6.0]
 
 
+@pytest.mark.parametrize("eager", [True, False])
+def test_traced_once(eager):
+    """A graph has one trace of what it calls twice, in any of its branches."""
+    count, calls = tf.Variable(0), []
+
+    def add():
+        calls.append(None)
+        count.assign_add(1)
+        return tf.constant(0)
+
+    def twice(yes):
+        traced = distribution.traced_once(add)
+        tf.cond(yes, traced, lambda: tf.constant(0))
+        between = count.read_value()
+        tf.cond(yes, traced, lambda: tf.constant(0))
+        return between
+
+    run = twice if eager else tf.function(twice)
+    assert run(tf.constant(True)).numpy() == 1
+    assert count.numpy() == 2
+    assert len(calls) == (2 if eager else 1)
+    assert run(tf.constant(False)).numpy() == 2
+
+
 def test_refuse_replicas(mirrored_strategy):
     def body(number):
         distribution.refuse_replicas("KFAC", "this", "so it is", "Use that.")
