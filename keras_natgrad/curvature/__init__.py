@@ -7,8 +7,13 @@ from keras_natgrad.curvature.cotangents import (
     random_cotangents,
 )
 from keras_natgrad.curvature.entry import BlockOptions, Entry
-from keras_natgrad.curvature.estimator import BlockDiagonal, sum_over
-from keras_natgrad.curvature.products import estimated_gram, fisher_gram
+from keras_natgrad.curvature.estimator import BlockDiagonal
+from keras_natgrad.curvature.products import (
+    estimated_gram,
+    fisher_gram,
+    gram_of_tangents,
+    own_tangents,
+)
 from keras_natgrad.curvature.relative import (
     SHARED_METRICS,
     MetricSpec,
@@ -34,7 +39,8 @@ __all__ = [
     "estimated_gram",
     "find_sources",
     "fisher_gram",
+    "gram_of_tangents",
+    "own_tangents",
     "plan_metrics",
     "random_cotangents",
-    "sum_over",
 ]

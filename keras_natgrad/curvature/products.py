@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
 from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
 from keras_natgrad.curvature.cotangents import OutputTerm
-from keras_natgrad.linalg import Rows, TwoWayRows, slopes, take_examples
+from keras_natgrad.linalg import (
+    Rows,
+    TwoWayCotangents,
+    TwoWayRows,
+    example_dots,
+    take_examples,
+    tangent_rows,
+)
+
+#: For every direction and layer, `δᵀ ā_s`: see `own_tangents`.
+OwnTangents: TypeAlias = "list[list[tf.Tensor | TwoWayCotangents]]"
 
 # Where the first of the equal parts is sampled: at no simple fraction, or
 # equal sizes would put points between two rows, where rounding decides.
@@ -135,23 +145,65 @@ def estimated_gram(
         lambda: (tf.range(batch), tf.ones([batch], backward.sizes.dtype)),
         lambda: proportional_sample(backward.sizes, examples),
     )
-    pairs = [
-        (
-            _take(a, rows),
-            tf.nest.map_structure(lambda g: tf.gather(g, rows, axis=-3), g),
-        )
-        for a, g in zip(captured.inputs, backward.cotangents, strict=True)
-    ]
-    projected: list[tf.Tensor] = []
-    for index, direction in enumerate(directions):
-        own = [
-            slopes(a, g, matrix)
-            for (a, g), matrix in zip(pairs, direction, strict=True)
+    inputs = [_take(a, rows) for a in captured.inputs]
+    cotangents = tf.nest.map_structure(
+        lambda g: tf.gather(g, rows, axis=-3), backward.cotangents
+    )
+    own = own_tangents(inputs, directions)
+    return gram_of_tangents(own, cotangents, by_layer, weights)
+
+
+def own_tangents(
+    inputs: Sequence[Rows | TwoWayRows],
+    directions: Sequence[Sequence[tf.Tensor]],
+) -> OwnTangents:
+    """Returns how the weights of every layer move its own responses.
+
+    Args:
+        inputs: Canonical inputs, one per layer.
+        directions: k directions, each one matrix per layer.
+
+    Returns:
+        k lists of `δᵀ ā_s`, of the shapes of the cotangents.
+    """
+    return [
+        [
+            tangent_rows(a, matrix)
+            for a, matrix in zip(inputs, each, strict=True)
         ]
-        projected += own if by_layer and index == 0 else [tf.add_n(own)]
+        for each in directions
+    ]
+
+
+def gram_of_tangents(
+    own: OwnTangents,
+    cotangents: Sequence[tf.Tensor | TwoWayCotangents],
+    by_layer: bool = False,
+    weights: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """Returns `Σ_n w_n (u_nᵀ J_n δ_i)(u_nᵀ J_n δ_j)`.
+
+    Args:
+        own: See `own_tangents`.
+        cotangents: Those of every layer, from one backward pass of u.
+        by_layer: See `estimated_gram`.
+        weights: Tensor `[examples]`, w; ones if it is `None`.
+
+    Returns:
+        See `estimated_gram`.
+    """
+    projected: list[tf.Tensor] = []
+    for index, layers in enumerate(own):
+        dots = [
+            example_dots(g, tangent)
+            for g, tangent in zip(cotangents, layers, strict=True)
+        ]
+        projected += dots if by_layer and index == 0 else [tf.add_n(dots)]
     stacked = tf.stack(projected)
-    weights = tf.cast(weights, stacked.dtype)
-    gram = tf.matmul(stacked * weights, stacked, transpose_b=True)
+    weighted = stacked
+    if weights is not None:
+        weighted *= tf.cast(weights, stacked.dtype)
+    gram = tf.matmul(weighted, stacked, transpose_b=True)
     return tf.ensure_shape(gram, [len(projected), len(projected)])
 
 

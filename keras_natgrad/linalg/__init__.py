@@ -39,7 +39,9 @@ from keras_natgrad.linalg.two_way import (
     TwoWayCotangents,
     TwoWayRows,
     contract_rows,
+    example_dots,
     slopes,
+    tangent_rows,
 )
 from keras_natgrad.linalg.windows import Window, padded
 
@@ -64,6 +66,7 @@ __all__ = [
     "damped_inverses",
     "damped_solve",
     "eigenbasis",
+    "example_dots",
     "flatten_matrix",
     "gradient_squares",
     "homogeneous",
@@ -79,6 +82,7 @@ __all__ = [
     "scale_examples",
     "slopes",
     "take_examples",
+    "tangent_rows",
     "to_dense",
     "trace_norm_ratio",
     "transposed",

@@ -79,6 +79,47 @@ def contract_rows(
     return tf.matmul(inputs, cotangents, transpose_a=True)
 
 
+def tangent_rows(
+    inputs: Rows | TwoWayRows, direction: tf.Tensor
+) -> tf.Tensor | TwoWayCotangents:
+    """Returns `δᵀ ā_s`: how the layer's own weights move its responses.
+
+    Args:
+        inputs: See `contract_rows`.
+        direction: δ, `[(groups,) n, m]`.
+
+    Returns:
+        Tensors of the shapes of the cotangents.
+    """
+    if isinstance(inputs, TwoWayRows):
+        back = tf.linalg.matrix_transpose(direction)
+        return TwoWayCotangents(
+            multiply(inputs.direct, direction),
+            multiply(inputs.transposed, back),
+        )
+    return multiply(inputs, direction)
+
+
+def example_dots(
+    left: tf.Tensor | TwoWayCotangents, right: tf.Tensor | TwoWayCotangents
+) -> tf.Tensor:
+    """Returns `Σ_s l_sᵀ r_s` of every example, `[batch]`.
+
+    Args:
+        left: `[(groups,) batch, shared, m]`, or `TwoWayCotangents`.
+        right: The same.
+    """
+    if isinstance(left, TwoWayCotangents):
+        assert isinstance(right, TwoWayCotangents)
+        return example_dots(left.direct, right.direct) + example_dots(
+            left.transposed, right.transposed
+        )
+    values = left * right
+    if values.shape.rank == 4:
+        values = tf.reduce_sum(values, axis=0)
+    return tf.reduce_sum(values, axis=[1, 2])
+
+
 def slopes(
     inputs: Rows | TwoWayRows,
     cotangents: tf.Tensor | TwoWayCotangents,
@@ -91,14 +132,4 @@ def slopes(
         cotangents: See `contract_rows`.
         direction: δ, `[(groups,) n, m]`.
     """
-    if isinstance(inputs, TwoWayRows):
-        assert isinstance(cotangents, TwoWayCotangents)
-        return slopes(inputs.direct, cotangents.direct, direction) + slopes(
-            inputs.transposed,
-            cotangents.transposed,
-            tf.linalg.matrix_transpose(direction),
-        )
-    values = cotangents * multiply(inputs, direction)
-    if values.shape.rank == 4:
-        values = tf.reduce_sum(values, axis=0)
-    return tf.reduce_sum(values, axis=[1, 2])
+    return example_dots(cotangents, tangent_rows(inputs, direction))

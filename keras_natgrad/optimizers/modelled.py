@@ -9,12 +9,14 @@ import tensorflow as tf
 
 from keras_natgrad import _compat, distribution
 from keras_natgrad.curvature import (
+    Backward,
     BlockDiagonal,
     CapturedPass,
     estimated_gram,
     fisher_gram,
+    gram_of_tangents,
+    own_tangents,
     random_cotangents,
-    sum_over,
 )
 from keras_natgrad.optimizers.observation import Observation
 from keras_natgrad.optimizers.retraction import RetractingOptimizer
@@ -262,23 +264,47 @@ class ModelledOptimizer(RetractingOptimizer):
         seed = distribution.replica_seed(
             tf.stack([tf.constant(self.seed, tf.int32), batches])
         )
+        count = _estimates(captured.batch)
 
-        def once(index: tf.Tensor) -> tf.Tensor:
+        def backward(index: Any) -> Backward:
             folded = tf.random.fold_in(seed, index, alg="philox")
-            backward = captured.backward(
+            return captured.backward(
                 random_cotangents(observation.terms, self.fisher, folded)
             )
-            return estimated_gram(
+
+        def one() -> tf.Tensor:
+            gram = estimated_gram(
                 captured,
-                backward,
+                backward(0),
                 candidates,
                 _MODEL_EXAMPLES,
                 self._by_layer,
             )
+            return tf.cast(gram, self.curvature_dtype)
 
-        count = _estimates(captured.batch)
-        total = sum_over(once, count)
-        return total / tf.cast(count, total.dtype)
+        def several() -> tf.Tensor:
+            # The cotangents differ, the products with the directions do not.
+            own = own_tangents(captured.inputs, candidates)
+
+            def add(
+                index: tf.Tensor, total: tf.Tensor
+            ) -> tuple[tf.Tensor, tf.Tensor]:
+                cotangents = backward(index).cotangents
+                gram = gram_of_tangents(own, cotangents, self._by_layer)
+                return index + 1, total + tf.cast(gram, total.dtype)
+
+            zeros = tf.zeros([size, size], self.curvature_dtype)
+            _, total = tf.while_loop(
+                lambda index, _: index < count,
+                add,
+                (tf.constant(0, tf.int32), zeros),
+            )
+            return total / tf.cast(count, total.dtype)
+
+        size = len(candidates)
+        if self._by_layer:
+            size += len(candidates[0]) - 1
+        return tf.cond(count > 1, several, one)
 
     def _capture(self, observation: Observation) -> CapturedPass:
         """Returns the forward pass, ready to send cotangents back through."""

@@ -16,7 +16,9 @@ from keras_natgrad.curvature import (
     fisher_gram,
 )
 from keras_natgrad.curvature.products import (
+    gram_of_tangents,
     jacobian_vector_products,
+    own_tangents,
     proportional_sample,
 )
 from tests.reference import fisher
@@ -177,6 +179,24 @@ def test_parts_of_the_first_direction(count, record):
     expected = estimated_gram(recorded.captured, backward, [*alone, *others], 3)
     assert found.shape == (2 + count, 2 + count)
     np.testing.assert_allclose(found, expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_tangents_serve_several_backward_passes(by_layer, record):
+    """Products with the directions do not depend on the cotangents."""
+    recorded = record(mlp([3, 4, 3, 2]), inputs(5, 3), ["normal"])
+    directions = matrices_of(recorded, directions_of(recorded.variables))
+    own = own_tangents(recorded.captured.inputs, directions)
+    (term,) = recorded.terms
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        columns = tf.constant(rng.normal(size=(5, 2)))
+        backward = recorded.captured.backward([term.cotangent(columns)])
+        expected = estimated_gram(
+            recorded.captured, backward, directions, 5, by_layer
+        )
+        found = gram_of_tangents(own, backward.cotangents, by_layer)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("batch", [7, 8, 9, 15, 16])
