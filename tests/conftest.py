@@ -16,7 +16,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from tests.slow_tests import PATTERNS
+from tests.slow_tests import PATTERNS, VARIANTS
 
 SEED = 1234
 LOGICAL_CPUS = 2
@@ -79,6 +79,16 @@ def pytest_collection_modifyitems(items):
         re.compile(re.escape(pattern).replace(r"\*", ".*"))
         for pattern in PATTERNS
     ]
+    variants = {}
     for item in items:
         if any(pattern.fullmatch(item.nodeid) for pattern in patterns):
             item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("slow") is None:
+            name = item.nodeid.split("[")[0]
+            variants.setdefault(name, []).append(item)
+    for name, count in VARIANTS.items():
+        every = variants.get(name, [])
+        kept = {index * len(every) // count for index in range(count)}
+        for index, item in enumerate(every):
+            if index not in kept:
+                item.add_marker(pytest.mark.slow)

@@ -2,9 +2,10 @@
 
 Each is a further variant of something that the default run tests, or a feature
 that it tests in another way; the default run has to stay under twenty minutes
-on two cores. Patterns of node ids; `[` and `]` stand for themselves.
+on two cores, slow ones too.
 """
 
+# Patterns of node ids; `[` and `]` stand for themselves.
 PATTERNS = (
     # Compiling the step takes long; the other optimizers show the same.
     "tests/contract/test_contract.py::test_cell[KFAC-average_of_weights]",
@@ -76,4 +77,221 @@ PATTERNS = (
     "tests/optimizers/test_reference_step.py::test_a_rate*[*-0.5-*",
     "tests/callbacks/test_keras_callbacks.py::test_backup_and_restore[False]",
     "tests/distribution/test_mirrored.py::test_two_replicas_equal_one[rngd]",
+    # Long tests of what shorter ones test in parts.
+    "tests/callbacks/test_monitor.py::test_on_replicas",
+    "tests/callbacks/test_nan_policy.py::test_on_replicas",
+    "tests/distribution/test_mirrored.py::test_a_bad_batch*by_both",
+    "tests/distribution/test_mirrored.py::test_a_loss_that_surges*by_both",
+    "tests/distribution/test_mirrored.py::test_saved_and_resumed",
+    "tests/examples/test_examples.py::test_kl_distance",
+    "tests/examples/test_examples.py::test_pinn_poisson",
+    "tests/integrations/test_tf_keras.py::test_export_while_attached",
+    "tests/optimizers/test_natural_gradient.py::test_auto_falls_back*",
+    "tests/optimizers/test_natural_gradient.py::test_layers_that_are_not*",
+    "tests/optimizers/test_natural_gradient.py::test_line_search_takes*",
+    "tests/optimizers/test_reference_step.py::test_averaged_quadratic_model",
+    "tests/test_docs_code.py::test_page[distribution.md]",
+    "tests/training/test_layer_families.py::test_last_batch_is_smaller",
+    "tests/training/test_loss_fallbacks.py::test_sequences_of_any_length*",
+    "tests/training/test_loss_fallbacks.py::test_several_outputs_and*",
+    "tests/training/test_losses_and_outputs.py::test_several*graph*",
+    "tests/training/test_losses_and_outputs.py::*does_not_matter_float64",
+    "tests/test_docs_monitoring.py::test_table_of_logs",
+    "tests/optimizers/test_base_arguments.py::test_gradient_accumulation*graph",
+    "tests/training/test_custom_loop.py::test_equals_fit*",
+    # The README's code is the same, and tests/test_packaging.py runs it.
+    "tests/examples/test_examples.py::test_quickstart",
+    # Ten seconds and more each, of what shorter tests show too.
+    "tests/blocks/test_eigen.py::test_modes_agree[*",
+    "tests/callbacks/test_attach.py::test_after_a_fit_with*",
+    "tests/callbacks/test_attach.py::test_in_a_graph_and_in_a_second_fit",
+    "tests/callbacks/test_keras_callbacks.py::test_model_checkpoint[*",
+    "tests/callbacks/test_monitor.py::test_a_second_fit_goes_on*",
+    "tests/callbacks/test_monitor.py::test_layers_of_all_kinds",
+    "tests/callbacks/test_monitor.py::test_steps_per_execution[*",
+    "tests/callbacks/test_monitor.py::test_training_is_the_same[*",
+    "tests/capture/test_half_precision.py::test_in_a_graph[*",
+    "tests/distribution/test_mirrored.py::test_rates_by_layer_where*",
+    "tests/distribution/test_mirrored.py::test_two_replicas_equal*[prong]",
+    "tests/heads/test_joint.py::test_targets_lie_side_by_side",
+    "tests/integrations/test_tf_keras.py::test_compiled_losses*",
+    "tests/integrations/test_tf_keras.py::test_fit_learns*",
+    "tests/integrations/test_tf_keras.py::test_nothing_is_recorded*",
+    "tests/integrations/test_tf_keras.py::test_the_learning_rate*",
+    "tests/integrations/test_tf_keras.py::test_unsupported_layers*",
+    "tests/linalg/test_patches.py::test_unknown_sizes_in_a_graph[*",
+    "tests/models/test_zoo.py::test_trains[*",
+    "tests/optimizers/test_base_arguments.py::test_loss_scale_factor*",
+    "tests/optimizers/test_every_optimizer.py::test_custom_loop[*",
+    "tests/optimizers/test_host_refresh.py::test_async_learns_and_counts",
+    "tests/optimizers/test_host_refresh.py::test_custom_loop",
+    "tests/optimizers/test_host_refresh.py::test_host_equals_graph[*",
+    "tests/optimizers/test_natural_gradient.py::test_float32_is_close*",
+    "tests/optimizers/test_natural_gradient.py::test_kronecker*saves*",
+    "tests/optimizers/test_natural_gradient.py::test_loss_times*",
+    "tests/optimizers/test_natural_gradient.py::test_primal_and_dual*",
+    "tests/optimizers/test_rngd.py::test_shared_eigenbasis_is_saved*",
+    "tests/test_convolutional_networks.py::test_modes_agree[*",
+    "tests/test_tuner.py::test_attach_in_a_search_without*",
+    "tests/test_tuner.py::test_hyperband_resumes*",
+    "tests/training/test_bad_data.py::test_nan_targets_in_a_graph",
+    "tests/training/test_bad_data.py::test_targets_outside*in_a_graph",
+    "tests/training/test_fit.py::test_train_on_batch_in_a_graph",
+    "tests/training/test_fit.py::test_xla",
+    "tests/training/test_layer_families.py::test_frozen_layers[*",
+    "tests/training/test_losses_and_outputs.py::test_the_scale*",
+    "tests/training/test_models.py::test_unbuilt_models_in_a_graph[*",
+    "tests/training/test_models.py::test_unsupported*in_a_graph*",
+    "tests/training/test_recurrent.py::test_unknown_length",
+    "tests/heads/test_mixture.py::test_every_product_compiles[*",
+    "tests/training/test_recurrent.py::test_trains_alike*",
+    "tests/training/test_layer_families.py::test_tied_weights_under*",
+    "tests/training/test_layer_families.py::test_saved_and_resumed*",
+    "tests/training/test_layer_families.py::test_products_of_tied_weights",
+    "tests/training/test_residual_model.py::test_fit_solves*[eager]",
+    "tests/training/test_residual_model.py::test_fit_solves*[xla]",
+    "tests/training/test_loss_fallbacks.py::test_training[hinge]",
+    "tests/training/test_unit_invariance.py::test_full_fisher*",
+    "tests/callbacks/test_monitor.py::test_logs_of_batches",
+    "tests/callbacks/test_monitor.py::test_large_layers_are_left_out",
+    "tests/callbacks/test_monitor.py::test_statistics_and_norms*",
+    "tests/callbacks/test_nan_policy.py::test_the_learning_rate_is_not*",
+    "tests/callbacks/test_attach.py::test_equals_attach",
+    "tests/optimizers/test_rngd.py::test_batch_normalization",
+    "tests/optimizers/test_host_refresh.py::test_staleness_is_bounded",
+    "tests/optimizers/test_natural_gradient.py::test_preconditioned_conj*",
+    "tests/training/test_residual_model.py::test_one_function_gets*",
+    "tests/training/test_side_effects.py::test_second*over_many_steps",
+    "tests/training/test_side_effects.py::test_second*mask[False]",
+    "tests/benchmarks/test_race.py::test_tuning_from_the_command_line",
+    "tests/training/test_models.py::test_two_models_train_side_by_side",
+    "tests/training/test_losses_and_outputs.py::test_penalties_with*",
+    "tests/optimizers/test_base_arguments.py::test_learning_rate_callable",
+    "tests/training/test_fit.py::test_tf_data_without*",
+    "tests/heads/test_generic.py::test_monte_carlo_is_unbiased",
 )
+
+# How many variants of a test the default run takes, at equal distances.
+VARIANTS = {
+    "tests/blocks/test_contract.py::test_compiles_under_xla": 1,
+    "tests/blocks/test_eigen.py::test_xla": 1,
+    "tests/blocks/test_tied.py::test_compiles": 1,
+    "tests/callbacks/test_monitor.py::test_plot_of_other_optimizers": 1,
+    "tests/callbacks/test_monitor.py::test_spectra_and_condition_numbers": 1,
+    "tests/callbacks/test_nan_policy.py::test_tolerance": 1,
+    "tests/capture/test_convolution.py::test_channels_first": 1,
+    "tests/capture/test_convolution.py::test_images_folded_into_the_batch": 1,
+    "tests/capture/test_inner_graphs.py::test_layer_in_an_inner_graph": 1,
+    "tests/contract/test_contract.py::test_cell": 14,
+    "tests/curvature/test_estimator.py::test_all_signs_average_to_the_exact"
+    "_statistics": 2,
+    "tests/curvature/test_exact_solutions.py::test_step_equals_numpy": 40,
+    "tests/curvature/test_fallback_layers.py::test_average_over_all_signs": 6,
+    "tests/curvature/test_products.py::test_all_signs_average_to_the_gram": 1,
+    "tests/curvature/test_relative.py::test_a_layer_by_the_response_of_the"
+    "_next": 12,
+    "tests/heads/test_contract.py::test_eager_and_compiled_results_agree": 3,
+    "tests/heads/test_contract.py::test_half_precision_is_computed_in"
+    "_float32": 12,
+    "tests/heads/test_contract.py::test_saturated_float32_outputs_give_finite"
+    "_values": 1,
+    "tests/heads/test_directional.py::test_factor_products_and_log_prob": 1,
+    "tests/heads/test_extremes.py::test_multivariate_normal_at_extremes": 1,
+    "tests/heads/test_families.py::test_every_product_compiles": 1,
+    "tests/heads/test_families.py::test_log_prob_and_score": 12,
+    "tests/heads/test_families.py::test_samples_have_scores_of_mean_zero_and"
+    "_covariance_fisher": 12,
+    "tests/heads/test_families.py::test_units_are_independent": 12,
+    "tests/heads/test_generic.py::test_factor_products": 3,
+    "tests/heads/test_multivariate.py::test_dirichlet_multinomial_from_all"
+    "_counts": 1,
+    "tests/heads/test_multivariate.py::test_every_product_compiles": 1,
+    "tests/integrations/test_tf_keras.py::test_steps_equal_those_of_keras_3": 1,
+    "tests/layers/test_whitened_conv.py::test_in_a_graph": 1,
+    "tests/layers/test_whitened_conv.py::test_whitening_keeps_the_outputs_in"
+    "_float32": 2,
+    "tests/linalg/test_batched.py::test_inverses": 3,
+    "tests/linalg/test_psd.py::test_inverse_by_blocks": 3,
+    "tests/optimizers/test_base_arguments.py::test_like_sgd": 4,
+    "tests/optimizers/test_base_arguments.py::test_trains_with_default"
+    "_arguments": 1,
+    "tests/optimizers/test_config.py::test_restored_optimizer_continues": 1,
+    "tests/optimizers/test_every_optimizer.py::test_bad_data_is_skipped_and"
+    "_counted": 3,
+    "tests/optimizers/test_every_optimizer.py::test_learns_with_default"
+    "_arguments": 1,
+    "tests/optimizers/test_every_optimizer.py::test_loss_scale_changes"
+    "_nothing": 1,
+    "tests/optimizers/test_every_optimizer.py::test_modes_agree": 1,
+    "tests/optimizers/test_every_optimizer.py::test_partial_batches_and_sample"
+    "_weights": 1,
+    "tests/optimizers/test_every_optimizer.py::test_saved_and_resumed_bit_for"
+    "_bit": 1,
+    "tests/optimizers/test_every_optimizer.py::test_summary_and_statistics": 2,
+    "tests/optimizers/test_linear_regression.py::test_one_step_solves_linear"
+    "_regression": 2,
+    "tests/optimizers/test_natural_gradient.py::test_a_step_taken_back_leaves"
+    "_the_previous_direction": 1,
+    "tests/optimizers/test_natural_gradient.py::test_step_with_regularizer"
+    "_equals_numpy": 1,
+    "tests/optimizers/test_prong.py::test_both_forms_agree": 2,
+    "tests/optimizers/test_prong_convolutions.py::test_both_forms_agree": 2,
+    "tests/optimizers/test_raise_damping.py::test_adaptive_damping": 1,
+    "tests/optimizers/test_raise_damping.py::test_between_steps": 1,
+    "tests/optimizers/test_raise_damping.py::test_constant_damping": 1,
+    "tests/optimizers/test_reference_step.py::test_a_rate_for_each_layer": 1,
+    "tests/optimizers/test_reference_step.py::test_damping_in_the_units_of_the"
+    "_features": 2,
+    "tests/optimizers/test_reference_step.py::test_everything_automatic": 1,
+    "tests/optimizers/test_reference_step.py::test_sequences": 2,
+    "tests/optimizers/test_reference_step.py::test_spring": 1,
+    "tests/optimizers/test_residuals.py::test_modes_agree": 1,
+    "tests/optimizers/test_residuals.py::test_step_equals_gauss_newton": 2,
+    "tests/optimizers/test_retraction.py::test_exploding_step_is_taken_back": 1,
+    "tests/optimizers/test_rngd.py::test_steps_with_a_shared_eigenbasis": 1,
+    "tests/optimizers/test_rngd.py::test_the_output_layer_needs_no_columns_in_a"
+    "_graph": 1,
+    "tests/optimizers/test_statistics.py::test_logged_by_fit": 1,
+    "tests/solvers/test_solvers.py::test_compiled": 2,
+    "tests/test_convolutional_networks.py::test_natural_gradient_is_the_damped"
+    "_solve": 1,
+    "tests/test_convolutional_networks.py::test_the_right_weight_sharing_is"
+    "_exact": 2,
+    "tests/test_docs_code.py::test_docstring": 12,
+    "tests/test_docs_code.py::test_page": 5,
+    "tests/test_invariants.py::test_invariant_11_reductions_scale_f_but_not_the"
+    "_step": 1,
+    "tests/test_invariants.py::test_invariant_19_affine_maps_do_not_change_the"
+    "_function": 6,
+    "tests/test_tuner.py::test_best_model_trains_on_as_if_never_interrupted": 1,
+    "tests/training/test_bad_data.py::test_a_bad_batch_among_accumulated"
+    "_ones": 1,
+    "tests/training/test_bad_data.py::test_a_batch_that_is_not_finite_is"
+    "_skipped": 1,
+    "tests/training/test_custom_loop.py::test_model_class_with_its_own_step": 1,
+    "tests/training/test_fit.py::test_every_approximation_trains": 1,
+    "tests/training/test_fit.py::test_every_fisher_trains": 1,
+    "tests/training/test_head_training.py::test_default_kfac_finds_the_maximum"
+    "_of_the_likelihood": 1,
+    "tests/training/test_layer_families.py::test_trains_without_a_fallback": 1,
+    "tests/training/test_loss_fallbacks.py::test_ctc": 1,
+    "tests/training/test_loss_fallbacks.py::test_every_kind_of_fisher_is_the"
+    "_empirical_one": 2,
+    "tests/training/test_loss_fallbacks.py::test_the_scale_of_the_loss_does_not"
+    "_matter": 1,
+    "tests/training/test_loss_fallbacks.py::test_training": 1,
+    "tests/training/test_losses_and_outputs.py::test_losses_by_name": 1,
+    "tests/training/test_losses_and_outputs.py::test_several_inputs_and"
+    "_outputs": 1,
+    "tests/training/test_models.py::test_trains": 2,
+    "tests/training/test_models.py::test_unsupported_layers_fall_back_with_one"
+    "_warning": 1,
+    "tests/training/test_recurrent.py::test_trains": 1,
+    "tests/training/test_residual_model.py::test_a_tensor_is_cut_into"
+    "_batches": 1,
+    "tests/training/test_residual_model.py::test_fit_equals_steps_made_by"
+    "_hand": 1,
+    "tests/training/test_residual_model.py::test_fit_solves_the_equation": 1,
+    "tests/training/test_sample_weight.py::test_an_ignored_class_is_absent": 1,
+    "tests/training/test_sample_weight.py::test_weight_zero_is_leaving_out": 1,
+}
