@@ -296,8 +296,8 @@ PAGE = """\
 `keras.applications`, with random weights and {classes} classes, on one batch of
 {batch} random images of {side} × {side} pixels (or the smallest that the model
 takes), {steps} steps (fewer, at least {least}, where they are slow), float32,
-eagerly on two cores that were shared with other work. The rows with † are of
-an earlier run, with one learning rate for all layers.
+eagerly on one or two cores, with other work beside. The rows with † are of an
+earlier run, with one learning rate for all layers.
 
 - captured, fallback, first order: shares of the trainable parameters, as
   `optimizer.summary()` prints them ([layers](layers.md));
