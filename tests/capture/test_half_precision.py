@@ -180,21 +180,27 @@ def test_other_layers_are_not_touched(policy):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_in_a_graph(policy, jit_compile):
-    model = dense_model(policy)
-    inputs = tf.constant(RNG.normal(size=(64, 6)), tf.float32)
+    """As near to float32 as eagerly: fused operations round elsewhere."""
+    model, single = dense_model(policy), dense_model("float32")
+    single.set_weights(model.get_weights())
+    inputs = np.random.default_rng(0).normal(size=(64, 6))
+    inputs = tf.constant(inputs, tf.float32)
     optimizer = attached(model)
 
-    @tf.function(jit_compile=jit_compile)
-    def gradients(inputs):
+    def gradients(model, optimizer=None):
         found = taped(model, inputs, optimizer=optimizer)[2]
         return [found[id(v)] for v in model.trainable_variables]
 
-    eager = taped(model, inputs)[2]
-    for found, variable in zip(
-        gradients(inputs), model.trainable_variables, strict=True
-    ):
-        expected = eager[id(variable)]
-        # Fused operations leave out a rounding here and there.
-        unit = 2.0**-7 if "bfloat16" in policy else 2.0**-10
-        atol = unit * np.max(np.abs(expected))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+    @tf.function(jit_compile=jit_compile)
+    def in_a_graph():
+        return gradients(model, optimizer)
+
+    def flat(tensors):
+        return np.concatenate([np.ravel(tensor) for tensor in tensors])
+
+    expected = flat(gradients(single))
+    lost = np.linalg.norm(flat(gradients(model)) - expected)
+    found = np.linalg.norm(flat(in_a_graph()) - expected)
+    unit = 2.0**-8 if "bfloat16" in policy else 2.0**-11
+    assert 0.1 * unit < lost / np.linalg.norm(expected) < 4 * unit
+    assert found < 2 * lost
