@@ -120,7 +120,6 @@ PATTERNS = (
     "tests/integrations/test_tf_keras.py::test_the_learning_rate*",
     "tests/integrations/test_tf_keras.py::test_unsupported_layers*",
     "tests/linalg/test_patches.py::test_unknown_sizes_in_a_graph[*",
-    "tests/models/test_zoo.py::test_trains[*",
     "tests/optimizers/test_base_arguments.py::test_loss_scale_factor*",
     "tests/optimizers/test_every_optimizer.py::test_custom_loop[*",
     "tests/optimizers/test_host_refresh.py::test_async_learns_and_counts",
@@ -212,6 +211,7 @@ VARIANTS = {
     "_float32": 2,
     "tests/linalg/test_batched.py::test_inverses": 3,
     "tests/linalg/test_psd.py::test_inverse_by_blocks": 3,
+    "tests/models/test_zoo.py::test_trains": 1,
     "tests/optimizers/test_base_arguments.py::test_like_sgd": 4,
     "tests/optimizers/test_base_arguments.py::test_trains_with_default"
     "_arguments": 1,
