@@ -264,9 +264,7 @@ def table_row(name: str, row: dict[str, Any]) -> str:
     """Returns the line of one model."""
     losses = row["losses"]
     cells = [
-        f"`{name}`"
-        + ("" if "dropout_off" in row else " †")
-        + (" ‡" if row.get("memory_given_back") else ""),
+        f"`{name}`" + (" †" if row.get("memory_given_back") else ""),
         f"{row['side']}²",
         f"{row['parameters'] / 1e6:.1f} M",
         *(f"{row[k]:.1%}" for k in ("captured", "fallback", "first_order")),
@@ -292,22 +290,21 @@ PAGE = """\
 
 ## Applications
 
-`KFAC()` with default arguments on {count} of the {total} architectures of
+`KFAC()` with default arguments on {count} of {total} architectures: those of
 `keras.applications`, with random weights and {classes} classes, on one batch of
 {batch} random images of {side} × {side} pixels (or the smallest that the model
 takes), {steps} steps (fewer, at least {least}, where they are slow), float32,
-eagerly on one or two cores, with other work beside. The rows with † are of an
-earlier run, with one learning rate for all layers.
+eagerly on one or two cores, with other work beside.
 
 - captured, fallback, first order: shares of the trainable parameters, as
   `optimizer.summary()` prints them ([layers](layers.md));
 - loss: of the training pass of the first and the last step; least: of all
-  steps. Dropout and stochastic depth are off, except in the rows with †: at
-  eight examples the loss of a step is mostly their noise;
+  steps. Dropout and stochastic depth are off: at eight examples the loss of a
+  step is mostly their noise;
 - taken back: steps after which the loss surged, and which were undone;
 - s / step: median after the first step. In these first steps all statistics
   and inverses are computed anew, as the warm-up of the periods asks;
-- curvature: state of the blocks; peak: memory of the whole process (‡: where
+- curvature: state of the blocks; peak: memory of the whole process (†: where
   freed memory is given back, see below).
 
 `python -m benchmarks.models` writes this page. It shows what attaches and
@@ -326,10 +323,9 @@ channel of ConvNeXt is captured.
 
 Without normalisation (`VGG16`, `VGG19`) the first steps are far too long: they
 are taken back, and the damping rises tenfold, then a hundred and a thousand
-times, until one holds; only then does the loss fall. `ConvNeXtTiny` and both
-`MobileNetV3` surge once. Without dropout, with the rates by layer,
-`EfficientNetV2B0` falls from 3.3 to less than 0.001 in five steps and
-`MobileNetV2` from 2.7 to 0.04 in seven.
+times, until one holds; only then does the loss fall. In no other model is a
+step taken back. The models of ConvNeXt, whose scales per channel start at 10⁻⁶,
+fall slowest.
 
 ### Memory
 
@@ -341,7 +337,7 @@ export MALLOC_MMAP_THRESHOLD_=1048576
 ```
 
 set before Python starts, `ResNet50` holds 1.6 GiB after two steps, not 2.8, at
-a peak of 2.4; the state of its blocks is 0.7. The rows with ‡ ran so.
+a peak of 2.4; the state of its blocks is 0.7. The rows with † ran so.
 
 ## Small versions of other models
 
