@@ -136,7 +136,7 @@ class ModelledOptimizer(RetractingOptimizer):
         length = self.length
         if by_layer:
             coefficients = layer_coefficients(
-                damped, slopes, length, rate, _samples(batch)
+                damped, slopes, length, rate, _samples(batch), _share(batch)
             )
         else:
             coefficients = quadratic_coefficients(damped, slopes, length, rate)
@@ -337,3 +337,9 @@ def _samples(batch: tf.Tensor) -> tf.Tensor:
     """Returns how many samples all replicas' estimates are the mean of."""
     used = tf.clip_by_value(batch, 1, _MODEL_EXAMPLES)
     return distribution.replica_count() * used * _estimates(batch)
+
+
+def _share(batch: tf.Tensor) -> tf.Tensor:
+    """Returns the examples of all replicas over those an estimate asks for."""
+    examples = tf.cast(distribution.replica_count() * batch, tf.float32)
+    return tf.clip_by_value(examples / _MODEL_EXAMPLES, 0.0, 1.0)

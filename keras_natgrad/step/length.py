@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_natgrad.step.directions import pad
-
 # Two directions whose normalised Gram determinant is below this are parallel
 # to rounding, and the second one is left out.
 _PARALLEL = 1e-6
 # Largest momentum that the quadratic model may choose.
 _MOST_MOMENTUM = 1.0
+# Largest ratio of a layer's rate to the common one, or of that to the layer's,
+# less one.
+_SPREAD = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def layer_coefficients(
     length: StepLength,
     learning_rate: tf.Tensor,
     samples: tf.Tensor | float,
+    share: tf.Tensor | float = 1.0,
 ) -> tf.Tensor:
     """Returns (α₁, …, α_L, μ): a rate for each layer's part of Δ.
 
@@ -98,12 +100,19 @@ def layer_coefficients(
     1/(1 + L/n), is that of e with L/n in the second term. A layer with a part
     of zero has the common rate.
 
+    A layer that is coupled to the others and has little slope of its own may
+    still get many times the common rate, or a negative one, which takes it up
+    its own gradient. So no rate is outside [α/(1 + 2s), α (1 + 2s)],
+    with s the share of the examples that the estimate asks for: of few
+    examples the slopes are noisy, too.
+
     Args:
         gram: Tensor `[L + 1, L + 1]`, Q, with δ₋₁ last.
         slopes: Tensor `[L + 1]`, b.
         length: `StepLength`, with the rate free.
         learning_rate: Scalar.
         samples: n, scalar.
+        share: s, scalar in [0, 1].
 
     Returns:
         Tensor `[L + 1]`.
@@ -138,7 +147,13 @@ def layer_coefficients(
         ),
         axis=1,
     )
-    return rates + pad(deviations, layers + 1)
+    most = 1 + _SPREAD * tf.cast(share, own.dtype)
+    # Both coefficients free, α may be negative.
+    bounds = tf.stack([common[0] / most, common[0] * most])
+    found = tf.clip_by_value(
+        common[0] + deviations, tf.reduce_min(bounds), tf.reduce_max(bounds)
+    )
+    return tf.concat([found, common[1:]], axis=0)
 
 
 def model_change(

@@ -317,7 +317,7 @@ def test_averaged_quadratic_model():
 @pytest.mark.parametrize("momentum", [None, 0.5, 0.0])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
 def test_a_rate_for_each_layer(loss, momentum, eager):
-    """One example and one output: estimates from random signs are exact."""
+    """With one output, estimates from random signs are exact."""
     settings = Settings(
         None,
         momentum,
@@ -327,16 +327,17 @@ def test_a_rate_for_each_layer(loss, momentum, eager):
         model_period=2,
         model_decay=0.4,
         by_layer=True,
-        samples=4,  # Of one example.
+        samples=256,
+        spread=3.0,
     )
     model = mlp([3, 4, 3, 1])
     _, reference = check_steps(
         model,
         settings,
         loss,
-        20,  # Later the gradient is rounding, and so are the rates.
+        10,  # Later the gradient is rounding, and so are the rates.
         eager=eager,
-        batch=1,
+        batch=256,
         fisher="propagated",
         quadratic_model=kng.QuadraticModel("estimated", 2, 0.4),
     )
@@ -357,6 +358,34 @@ def test_one_rate_where_the_estimate_may_not_divide_it():
         model.compile(optimizer, "mse", run_eagerly=True)
         model.train_on_batch(np.ones((4, 3)), np.ones((4, 1)))
         assert optimizer._average._quotients.shape == (size, size)
+
+
+@pytest.mark.parametrize("batch", [16, 128])
+def test_few_examples_keep_the_rates_close_together(batch):
+    """The first steps with and without rates by layer, on the same batch."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(batch, 3)), rng.normal(size=(batch, 1))
+    updates = []
+    for by_layer in (True, False):
+        keras.utils.set_random_seed(0)
+        model = mlp([3, 8, 8, 1])
+        optimizer = kng.KFAC(
+            quadratic_model=kng.QuadraticModel(by_layer=by_layer)
+        ).attach(model)
+        model.compile(optimizer, "mse", run_eagerly=True)
+        before = [layer.kernel.numpy() for layer in dense_layers(model)]
+        model.train_on_batch(x, y)
+        updates.append(
+            [
+                np.linalg.norm(layer.kernel.numpy() - old)
+                for layer, old in zip(dense_layers(model), before, strict=True)
+            ]
+        )
+    ratios = np.divide(*updates)
+    most = 1 + batch / 128
+    assert np.all(ratios <= most * (1 + 1e-6))
+    assert np.all(ratios >= (1 - 1e-6) / most)
+    assert np.ptp(ratios) > 0.01
 
 
 @pytest.mark.parametrize("loss", LOSSES)

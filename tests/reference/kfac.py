@@ -186,6 +186,7 @@ class Settings:
     model_decay: float = 0.0
     by_layer: bool = False
     samples: int = 1
+    spread: float = 1.0
 
 
 def feature_scales(moment: Array, magnitude: Array) -> Array:
@@ -328,7 +329,8 @@ class ReferenceKFAC:
         """The common rate and a deviation e of each layer from it.
 
         `(Q + (1 + 2 L/n) diag Q) e = −(b + Q c)` over the L layers, c being the
-        common rate and the momentum, n the samples in Q.
+        common rate and the momentum, n the samples in Q. No rate differs from
+        the common one by more than a factor.
         """
         layers = len(slopes) - 1
         weight = 1.0 + 2.0 * layers / self.settings.samples
@@ -337,9 +339,11 @@ class ReferenceKFAC:
         c = common @ self._choose(common.T @ gram @ common, slopes @ common)
         own = gram[:layers, :layers]
         rest = (slopes + gram @ c)[:layers]
+        bounds = c[0] / self.settings.spread, c[0] * self.settings.spread
         c[:layers] -= np.linalg.solve(
             own + weight * np.diag(np.diag(own)), rest
         )
+        c[:layers] = np.clip(c[:layers], min(bounds), max(bounds))
         return c
 
     def step(self, x: Array, terms: Sequence[Term]) -> list[Array]:
