@@ -37,7 +37,12 @@ from keras_natgrad.step.directions import (
     pad,
     ridge_gram,
 )
-from keras_natgrad.step.length import model_change, quadratic_form
+from keras_natgrad.step.length import (
+    for_each_layer,
+    model_change,
+    of_all_layers,
+    quadratic_form,
+)
 
 # Examples of a batch that the estimated quadratic model looks at.
 _MODEL_EXAMPLES = 256
@@ -78,19 +83,25 @@ class ModelledOptimizer(RetractingOptimizer):
     state: StepState
     _ridge_rows: list[Ridge]
     _average: AveragedGram
+    _common: AveragedGram
 
     def build_model(self) -> None:
         """Creates the state of the quadratic model, where there is one."""
         if self._needs_gram:
-            average = AveragedGram(
-                self.quadratic_model,
-                self.refresh,
-                self.add_curvature_variable,
-                self.add_variable,
-                self.add_summed_variable,
-                self._directions,
-            )
-            self._hide("_average", average)
+            self._hide("_average", self._averaged(self._directions))
+        if self._needs_gram and self._by_layer:
+            self._hide("_common", self._averaged(2, "common_quotient"))
+
+    def _averaged(self, size: int, *name: str) -> AveragedGram:
+        return AveragedGram(
+            self.quadratic_model,
+            self.refresh,
+            self.add_curvature_variable,
+            self.add_variable,
+            self.add_summed_variable,
+            size,
+            *name,
+        )
 
     def _solve_model(
         self,
@@ -113,10 +124,9 @@ class ModelledOptimizer(RetractingOptimizer):
             dots(pulled, solved),
             [metric_dots(each, each, metrics) for each in candidates[1:]],
         )
-        norms = tf.sqrt(tf.maximum(squares, 0))
         batch = _batch_size(observation)
-        gram = self._gram(observation, candidates, norms, batch)
-        damped = gram + ridge_gram(
+        gram, common = self._grams(observation, candidates, squares, batch)
+        ridge = ridge_gram(
             candidates,
             self.state.damping.value,
             self._ridge_rows,
@@ -127,36 +137,73 @@ class ModelledOptimizer(RetractingOptimizer):
             dots(gradients, candidates[0]),
             [dots(gradients, each) for each in candidates[1:]],
         )
-        # The first candidate enters with its sign here, once.
-        ones = tf.ones([self._directions - 1], rate.dtype)
-        signs = tf.concat([-ones, [1.0]], axis=0)
-        gram *= signs[:, tf.newaxis] * signs
-        damped *= signs[:, tf.newaxis] * signs
-        slopes *= signs
-        length = self.length
-        if by_layer:
-            coefficients = layer_coefficients(
-                damped, slopes, length, rate, _samples(batch), _share(batch)
+        if not by_layer:
+            return self._minimum(common, ridge, slopes, rate)
+
+        def one_rate() -> tuple[tf.Tensor, SolvedModel]:
+            coefficients, model = self._minimum(
+                common, of_all_layers(ridge), of_all_layers(slopes), rate
             )
-        else:
+            return for_each_layer(coefficients, self._directions - 1), model
+
+        def several_rates() -> tuple[tf.Tensor, SolvedModel]:
+            return self._minimum(gram, ridge, slopes, rate, _samples(batch))
+
+        # The quotients of the layers are averaged one by one, which a layer
+        # whose gradient stands out in one batch makes too small: of few
+        # examples, that of them all is averaged.
+        few = distribution.replica_count() * batch < _MODEL_EXAMPLES
+        return tf.cond(few, one_rate, several_rates)
+
+    def _minimum(
+        self,
+        gram: tf.Tensor,
+        ridge: tf.Tensor,
+        slopes: tf.Tensor,
+        rate: tf.Tensor,
+        samples: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, SolvedModel]:
+        """Returns the best coefficients and what they promise.
+
+        Args:
+            gram: Tensor `[n, n]`, `δ_iᵀ F δ_j`, with δ₋₁ last and P∇ or its
+                parts before.
+            ridge: The same of the damping and of regularizers.
+            slopes: Tensor `[n]`.
+            rate: Scalar, the learning rate.
+            samples: In the estimate of the Gram matrix; `None` where P∇ is
+                one direction.
+        """
+        # P∇ enters with its sign here, once.
+        ones = tf.ones([int(slopes.shape[0]) - 1], rate.dtype)
+        signs = tf.concat([-ones, [1.0]], axis=0)
+        gram = gram * signs[:, tf.newaxis] * signs
+        damped = gram + ridge * signs[:, tf.newaxis] * signs
+        slopes = slopes * signs
+        length = self.length
+        if samples is None:
             coefficients = quadratic_coefficients(damped, slopes, length, rate)
+        else:
+            coefficients = layer_coefficients(
+                damped, slopes, length, rate, samples
+            )
         if length.automatic_rate:
             coefficients *= tf.concat([rate * ones, [1.0]], axis=0)
         if self.norm_constraint is not None:
             coefficients *= norm_scale(
                 quadratic_form(gram, coefficients), self.norm_constraint
             )
-        rate = coefficients[0]
-        if by_layer:
+        mean = coefficients[0]
+        if samples is not None:
             shares = tf.math.divide_no_nan(slopes, tf.reduce_sum(slopes[:-1]))
-            rate = tf.tensordot(shares[:-1], coefficients[:-1], axes=1)
+            mean = tf.tensordot(shares[:-1], coefficients[:-1], axes=1)
         model = SolvedModel(
             change=model_change(damped, slopes, coefficients),
             fisher_share=tf.math.divide_no_nan(
                 quadratic_form(gram, coefficients),
                 quadratic_form(damped, coefficients),
             ),
-            learning_rate=rate,
+            learning_rate=mean,
         )
         return coefficients, model
 
@@ -210,36 +257,46 @@ class ModelledOptimizer(RetractingOptimizer):
             and not self.curvature.plan.fallback
         )
 
-    def _gram(
+    def _grams(
         self,
         observation: Observation,
         candidates: Sequence[Any],
-        norms: tf.Tensor,
+        squares: tf.Tensor,
         batch: tf.Tensor,
-    ) -> tf.Tensor:
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns `δ_iᵀ F δ_j`, averaged as the quadratic model says.
 
         Args:
             observation: The batch.
             candidates: One or two directions, `P∇` first.
-            norms: Tensor `[directions]`, the n_i of `QuadraticModel`.
+            squares: Tensor `[directions]`, the n_i² of `QuadraticModel`.
             batch: See `_batch_size`.
+
+        Returns:
+            Tensors `[directions, directions]`, and `[2, 2]` with P∇ as one
+            direction: the same where the layers have one rate.
         """
         step = tf.convert_to_tensor(self.iterations)
+        averages = [(self._average, squares)]
+        if self._by_layer:
+            averages.append((self._common, of_all_layers(squares)))
+        norms = [tf.sqrt(tf.maximum(each, 0)) for _, each in averages]
 
         def update() -> tf.Tensor:
             gram = self._batch_gram(observation, candidates)
-            gram = tf.cast(gram, self.curvature_dtype)
-            self._average.add(
-                pad(gram, self._directions),
-                norms,
-                step,
-                batch < _MODEL_EXAMPLES,
-            )
+            gram = pad(tf.cast(gram, self.curvature_dtype), self._directions)
+            few = batch < _MODEL_EXAMPLES
+            self._average.add(gram, norms[0], step, few)
+            if self._by_layer:
+                self._common.add(of_all_layers(gram), norms[1], step, few)
             return tf.constant(0)
 
         tf.cond(self._average.is_due(step), update, lambda: tf.constant(0))
-        return distribution.sum_over_replicas(self._average.read(norms))
+        found = [
+            distribution.sum_over_replicas(average.read(each))
+            for (average, _), each in zip(averages, norms, strict=True)
+        ]
+        return found[0], found[-1]
 
     def _batch_gram(
         self, observation: Observation, candidates: Sequence[Any]
@@ -337,9 +394,3 @@ def _samples(batch: tf.Tensor) -> tf.Tensor:
     """Returns how many samples all replicas' estimates are the mean of."""
     used = tf.clip_by_value(batch, 1, _MODEL_EXAMPLES)
     return distribution.replica_count() * used * _estimates(batch)
-
-
-def _share(batch: tf.Tensor) -> tf.Tensor:
-    """Returns the examples of all replicas over those an estimate asks for."""
-    examples = tf.cast(distribution.replica_count() * batch, tf.float32)
-    return tf.clip_by_value(examples / _MODEL_EXAMPLES, 0.0, 1.0)

@@ -11,9 +11,8 @@ import tensorflow as tf
 _PARALLEL = 1e-6
 # Largest momentum that the quadratic model may choose.
 _MOST_MOMENTUM = 1.0
-# Largest ratio of a layer's rate to the common one, or of that to the layer's,
-# less one.
-_SPREAD = 2.0
+# Largest ratio of a layer's rate to the common one, and of that to the layer's.
+_SPREAD = 3.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,6 @@ def layer_coefficients(
     length: StepLength,
     learning_rate: tf.Tensor,
     samples: tf.Tensor | float,
-    share: tf.Tensor | float = 1.0,
 ) -> tf.Tensor:
     """Returns (α₁, …, α_L, μ): a rate for each layer's part of Δ.
 
@@ -102,9 +100,7 @@ def layer_coefficients(
 
     A layer that is coupled to the others and has little slope of its own may
     still get many times the common rate, or a negative one, which takes it up
-    its own gradient. So no rate is outside [α/(1 + 2s), α (1 + 2s)],
-    with s the share of the examples that the estimate asks for: of few
-    examples the slopes are noisy, too.
+    its own gradient. So no rate is outside [α/3, 3α].
 
     Args:
         gram: Tensor `[L + 1, L + 1]`, Q, with δ₋₁ last.
@@ -112,25 +108,15 @@ def layer_coefficients(
         length: `StepLength`, with the rate free.
         learning_rate: Scalar.
         samples: n, scalar.
-        share: s, scalar in [0, 1].
 
     Returns:
         Tensor `[L + 1]`.
     """
     layers = int(gram.shape[0]) - 1
-    cross = tf.reduce_sum(gram[:layers, layers])
     common = quadratic_coefficients(
-        tf.stack(
-            [
-                tf.stack([tf.reduce_sum(gram[:layers, :layers]), cross]),
-                tf.stack([cross, gram[layers, layers]]),
-            ]
-        ),
-        tf.stack([tf.reduce_sum(slopes[:layers]), slopes[layers]]),
-        length,
-        learning_rate,
+        of_all_layers(gram), of_all_layers(slopes), length, learning_rate
     )
-    rates = tf.concat([tf.repeat(common[:1], layers), common[1:]], axis=0)
+    rates = for_each_layer(common, layers)
     slope = (slopes + tf.linalg.matvec(gram, rates))[:layers]
     own = gram[:layers, :layers]
     # In units of √Q_ll the equations are (Q + k diag Q) e = −slope with a unit
@@ -147,13 +133,34 @@ def layer_coefficients(
         ),
         axis=1,
     )
-    most = 1 + _SPREAD * tf.cast(share, own.dtype)
-    # Both coefficients free, α may be negative.
-    bounds = tf.stack([common[0] / most, common[0] * most])
+    # With both coefficients free, α may be negative.
+    bounds = tf.stack([common[0] / _SPREAD, common[0] * _SPREAD])
     found = tf.clip_by_value(
         common[0] + deviations, tf.reduce_min(bounds), tf.reduce_max(bounds)
     )
     return tf.concat([found, common[1:]], axis=0)
+
+
+def of_all_layers(values: tf.Tensor) -> tf.Tensor:
+    """Returns products with Δ and δ₋₁, from those with the parts of Δ.
+
+    Args:
+        values: Tensor `[L + 1]` or `[L + 1, L + 1]`, with δ₋₁ last.
+
+    Returns:
+        Tensor `[2]` or `[2, 2]`.
+    """
+    for axis in range(values.shape.rank):
+        layers, last = tf.split(values, [values.shape[axis] - 1, 1], axis=axis)
+        total = tf.reduce_sum(layers, axis=axis, keepdims=True)
+        values = tf.concat([total, last], axis=axis)
+    return values
+
+
+def for_each_layer(coefficients: tf.Tensor, layers: int) -> tf.Tensor:
+    """Returns the coefficients of L parts of Δ, all with its rate, and δ₋₁."""
+    rates = tf.fill([layers], coefficients[0])
+    return tf.concat([rates, coefficients[1:]], axis=0)
 
 
 def model_change(

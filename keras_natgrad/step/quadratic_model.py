@@ -45,10 +45,11 @@ class QuadraticModel:
         decay: Largest decay of the running average, in [0, 1). The average
             spans at most a fifth of the steps so far. Zero for none.
         by_layer: Whether an automatic learning rate is one per layer, around
-            the best common one (`step.length.layer_coefficients`). The
-            estimate of the curvature knows the layers' parts without further
-            products; where the model is exact, there is one rate for all.
-            The fewer examples for the layers, the closer they stay to it.
+            the best common one and within a factor of three of it
+            (`step.length.layer_coefficients`). The estimate of the curvature
+            knows the layers' parts without further products. There is one
+            rate for all where the model is exact, and on batches of fewer
+            than 256 examples, whose slopes by layer are too noisy.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -123,6 +124,7 @@ class AveragedGram:
         add_sum: `VariableFactory` of what is the sum of a part on every
             replica; `add_curvature_variable` without it.
         size: Number of directions.
+        name: Prefix of the names of the variables.
     """
 
     def __init__(
@@ -133,19 +135,20 @@ class AveragedGram:
         add_variable: Any,
         add_sum: Any = None,
         size: int = 2,
+        name: str = "quotient",
     ) -> None:
         self.model = model
         self._refresh = refresh
         # Of δᵀFδ, every replica knows its examples' part.
         add_sum = add_sum or add_curvature_variable
-        self._quotients = add_sum("quotients", (size, size), "zeros")
+        self._quotients = add_sum(f"{name}s", (size, size), "zeros")
         # A quotient of a direction that was zero has not been seen: each has
         # a weight of its own.
         self._weights = add_curvature_variable(
-            "quotient_weights", (size, size), "zeros"
+            f"{name}_weights", (size, size), "zeros"
         )
         self._due_at = add_variable(
-            shape=(), initializer="zeros", dtype="int32", name="model_at"
+            shape=(), initializer="zeros", dtype="int32", name=f"{name}_at"
         )
 
     def is_due(self, step: tf.Tensor) -> tf.Tensor:

@@ -344,50 +344,6 @@ def test_a_rate_for_each_layer(loss, momentum, eager):
     assert reference.quotients.shape == (4, 4)
 
 
-def test_one_rate_where_the_estimate_may_not_divide_it():
-    for by_layer, kwargs, size in (
-        (True, {}, 3),
-        (True, {"momentum": kng.Spring(0.5)}, 2),
-        (True, {"learning_rate": 0.1}, 2),
-        (False, {}, 2),
-    ):
-        model = mlp([3, 4, 1])
-        optimizer = kng.KFAC(
-            quadratic_model=kng.QuadraticModel(by_layer=by_layer), **kwargs
-        ).attach(model)
-        model.compile(optimizer, "mse", run_eagerly=True)
-        model.train_on_batch(np.ones((4, 3)), np.ones((4, 1)))
-        assert optimizer._average._quotients.shape == (size, size)
-
-
-@pytest.mark.parametrize("batch", [16, 128])
-def test_few_examples_keep_the_rates_close_together(batch):
-    """The first steps with and without rates by layer, on the same batch."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(batch, 3)), rng.normal(size=(batch, 1))
-    updates = []
-    for by_layer in (True, False):
-        keras.utils.set_random_seed(0)
-        model = mlp([3, 8, 8, 1])
-        optimizer = kng.KFAC(
-            quadratic_model=kng.QuadraticModel(by_layer=by_layer)
-        ).attach(model)
-        model.compile(optimizer, "mse", run_eagerly=True)
-        before = [layer.kernel.numpy() for layer in dense_layers(model)]
-        model.train_on_batch(x, y)
-        updates.append(
-            [
-                np.linalg.norm(layer.kernel.numpy() - old)
-                for layer, old in zip(dense_layers(model), before, strict=True)
-            ]
-        )
-    ratios = np.divide(*updates)
-    most = 1 + batch / 128
-    assert np.all(ratios <= most * (1 + 1e-6))
-    assert np.all(ratios >= (1 - 1e-6) / most)
-    assert np.ptp(ratios) > 0.01
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_sample_weights(loss):
     check_steps(mlp([3, 4, 3]), DEFAULTS, loss, steps=3, sample_weight=True)

@@ -12,7 +12,12 @@ from keras_natgrad.step import (
     layer_coefficients,
     quadratic_coefficients,
 )
-from keras_natgrad.step.length import model_change, quadratic_form
+from keras_natgrad.step.length import (
+    for_each_layer,
+    model_change,
+    of_all_layers,
+    quadratic_form,
+)
 
 RATE, MOMENTUM = 0.7, 0.4
 COMBINATIONS = list(itertools.product([True, False], [None, MOMENTUM]))
@@ -161,14 +166,13 @@ def layered(seed, layers=4):
     return gram, -gram @ rng.uniform(0.2, 1.0, size=layers + 1)
 
 
-def solve_layers(gram, slopes, momentum=None, samples=1e12, share=1.0):
+def solve_layers(gram, slopes, momentum=None, samples=1e12):
     return layer_coefficients(
         tf.constant(gram),
         tf.constant(slopes),
         StepLength(True, momentum),
         tf.constant(1.0, tf.float64),
         samples,
-        share,
     ).numpy()
 
 
@@ -201,8 +205,7 @@ def test_coupled_layers_take_shorter_steps_than_each_alone():
     np.testing.assert_allclose(found, [0.5, 0.5, 0.0], atol=1e-12)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.125, 0.5, 1.0])
-def test_no_layer_is_far_from_the_common_rate(share):
+def test_no_layer_is_far_from_the_common_rate():
     """Three layers: a steep one, a flat one, and one coupled to the first.
 
     The third has little slope of its own: left alone it would go up its
@@ -212,31 +215,47 @@ def test_no_layer_is_far_from_the_common_rate(share):
     gram = np.diag([1.0, 1e-2, 0.02, 0.0])
     gram[0, 2] = gram[2, 0] = 0.12
     slopes = np.array([-1.0, -1.0, -1e-3, 0.0])
-    common = choose(
-        np.diag([gram.sum(), 0.0]), np.array([slopes.sum(), 0.0]), True, None
-    )[0]
-    free = -np.linalg.solve(
-        gram[:3, :3] + np.diag(np.diag(gram)[:3]), slopes[:3]
+    common = -slopes.sum() / gram.sum()
+    own = gram[:3, :3] + np.diag(np.diag(gram)[:3])
+    deviations = -np.linalg.solve(
+        own, slopes[:3] + common * gram[:3, :3].sum(1)
     )
-    assert free[1] > 3 * common
-    assert free[2] < 0
-    found = solve_layers(gram, slopes, share=share)
-    most = 1 + 2 * share
-    np.testing.assert_allclose(found[1], most * common, rtol=1e-12)
-    np.testing.assert_allclose(found[2], common / most, rtol=1e-12)
-    assert common / most <= found[0] <= common * (1 + 1e-12)
+    assert common + deviations[1] > 3 * common
+    assert common + deviations[2] < 0
+    found = solve_layers(gram, slopes)
+    np.testing.assert_allclose(found[1], 3 * common, rtol=1e-12)
+    np.testing.assert_allclose(found[2], common / 3, rtol=1e-12)
+    expected = max(common + deviations[0], common / 3)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-9)
 
 
 def test_a_negative_common_rate_has_its_bounds_too():
-    """The last update did too much: half of it is to be taken back."""
+    """The last update did too much: part of it is to be taken back."""
     gram = np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 2.0], [2.0, 2.0, 9.0]])
     slopes = np.array([-0.5, 0.1, -4.0])
-    found = solve_layers(gram, slopes, share=0.25)
-    common = solve_layers(gram, slopes, share=0.0)
-    assert common[0] == common[1] < 0
-    assert np.all(found[:2] <= common[:2] / 1.5 + 1e-12)
-    assert np.all(found[:2] >= common[:2] * 1.5 - 1e-12)
+    common = choose(
+        np.array([[2.0, 4.0], [4.0, 9.0]]), np.array([-0.4, -4.0]), True, None
+    )
+    assert common[0] < 0
+    found = solve_layers(gram, slopes)
+    assert np.all(found[:2] <= common[0] / 3 + 1e-12)
+    assert np.all(found[:2] >= common[0] * 3 - 1e-12)
     assert found[0] > found[1]
+
+
+def test_products_with_all_layers():
+    gram, slopes = layered(0)
+    total = np.zeros((5, 2))
+    total[:4, 0] = total[4, 1] = 1.0
+    np.testing.assert_allclose(
+        of_all_layers(tf.constant(gram)), total.T @ gram @ total, rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        of_all_layers(tf.constant(slopes)), slopes @ total, rtol=1e-12
+    )
+    np.testing.assert_array_equal(
+        for_each_layer(tf.constant([0.5, 0.25]), 4), [0.5, 0.5, 0.5, 0.5, 0.25]
+    )
 
 
 def test_layers_without_a_part_and_the_first_step():
