@@ -308,8 +308,8 @@ eagerly on one or two cores, with other work beside.
   freed memory is given back, see below).
 
 `python -m benchmarks.models` writes this page. It shows what attaches and
-trains; it is no measurement of speed. In these runs layers had learning rates of
-their own on small batches, too ([defaults](defaults_and_divergence.md)).
+trains; it is no measurement of speed. In these runs layers had learning rates
+of their own on small batches, too ([defaults](defaults_and_divergence.md)).
 
 {table}
 
