@@ -36,7 +36,8 @@ class KFAC(PreconditionedOptimizer):
 
     Args:
         learning_rate: `"auto"` for α from the quadratic model, one for each
-            layer (`QuadraticModel.by_layer`), or a float, a
+            layer where a batch has 256 examples or more
+            (`QuadraticModel.by_layer`), or a float, a
             `keras.optimizers.schedules.LearningRateSchedule`, a callable, or
             a `keras_natgrad.LineSearch` that tries powers of two on the batch
             (along the preconditioned gradient, before momentum is added; that

@@ -92,7 +92,7 @@ class ModelledOptimizer(RetractingOptimizer):
         if self._needs_gram and self._by_layer:
             self._hide("_common", self._averaged(2, "common_quotient"))
 
-    def _averaged(self, size: int, *name: str) -> AveragedGram:
+    def _averaged(self, size: int, name: str = "quotient") -> AveragedGram:
         return AveragedGram(
             self.quadratic_model,
             self.refresh,
@@ -100,7 +100,7 @@ class ModelledOptimizer(RetractingOptimizer):
             self.add_variable,
             self.add_summed_variable,
             size,
-            *name,
+            name,
         )
 
     def _solve_model(
@@ -225,7 +225,7 @@ class ModelledOptimizer(RetractingOptimizer):
 
     @property
     def _by_layer(self) -> bool:
-        """Whether every layer has a rate of its own."""
+        """Whether layers have rates of their own, on large batches."""
         return (
             self.quadratic_model.by_layer
             and self._estimates_model

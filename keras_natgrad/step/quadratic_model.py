@@ -49,7 +49,8 @@ class QuadraticModel:
             (`step.length.layer_coefficients`). The estimate of the curvature
             knows the layers' parts without further products. There is one
             rate for all where the model is exact, and on batches of fewer
-            than 256 examples, whose slopes by layer are too noisy.
+            than 256 examples (on all replicas), whose slopes by layer are too
+            noisy.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -50,8 +50,30 @@ def test_few_examples_have_one_rate(batch):
             assert difference > 1e-3
 
 
+def test_averages_are_not_mixed_up():
+    """Large batches at a rate of zero, then small ones: as without layers."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(256, 3)), rng.normal(size=(256, 1))
+    kernels = []
+    for by_layer in (True, False):
+        keras.utils.set_random_seed(0)
+        model = mlp([3, 8, 8, 1])
+        optimizer = kng.KFAC(
+            quadratic_model=kng.QuadraticModel(by_layer=by_layer)
+        ).attach(model)
+        model.compile(optimizer, "mse", run_eagerly=True)
+        for rate, batch in ((0.0, 256), (1.0, 64)):
+            optimizer.learning_rate = rate
+            start = [layer.kernel.numpy() for layer in dense_layers(model)]
+            for _ in range(4):
+                model.train_on_batch(x[:batch], y[:batch])
+        kernels.append([layer.kernel.numpy() for layer in dense_layers(model)])
+    for by_layer, common, old in zip(*kernels, start, strict=True):
+        assert np.abs(common - old).max() > 1e-3
+        np.testing.assert_allclose(by_layer, common, rtol=0, atol=1e-9)
+
+
 def test_a_smaller_last_batch_in_between():
-    """Both averages go on: the layers' one is not mixed with the common one."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(300, 3)), rng.normal(size=(300, 1))
     model = mlp([3, 8, 8, 1])

@@ -342,6 +342,38 @@ def test_a_rate_for_each_layer(loss, momentum, eager):
         quadratic_model=kng.QuadraticModel("estimated", 2, 0.4),
     )
     assert reference.quotients.shape == (4, 4)
+    # In this one case the rates stay within the bounds by themselves.
+    free = loss == "mse" and momentum is None
+    assert (reference.bounded == 0) == free
+
+
+@pytest.mark.parametrize("loss", ["mse", "bernoulli"])
+@pytest.mark.parametrize("momentum", [None, 0.5, 0.0])
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
+def test_one_rate_for_one_example(loss, momentum, eager):
+    """Few examples have the common rate, from an average of its own."""
+    settings = Settings(
+        None,
+        momentum,
+        MODEL_RULE,
+        factor_decay=0.75,
+        l2_kernel=0.0625,
+        model_period=2,
+        model_decay=0.4,
+    )
+    model = mlp([3, 4, 3, 1])
+    _, reference = check_steps(
+        model,
+        settings,
+        loss,
+        20,  # Later the gradient is rounding, and so are the rates.
+        eager=eager,
+        batch=1,
+        fisher="propagated",
+        quadratic_model=kng.QuadraticModel("estimated", 2, 0.4),
+    )
+    assert reference.quotients.shape == (2, 2)
+    assert model.optimizer.quadratic_model.by_layer
 
 
 @pytest.mark.parametrize("loss", LOSSES)

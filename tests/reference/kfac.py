@@ -211,6 +211,7 @@ class ReferenceKFAC:
     metrics: list[Array] = field(default_factory=list)
     quotients: Array = field(default_factory=lambda: np.zeros((0, 0)))
     quotient_weights: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    bounded: int = 0
     inverses: list[tuple[Array, Array]] = field(default_factory=list)
     velocities: list[Array] = field(default_factory=list)
     coefficients: Array | None = None
@@ -343,7 +344,9 @@ class ReferenceKFAC:
         c[:layers] -= np.linalg.solve(
             own + weight * np.diag(np.diag(own)), rest
         )
-        c[:layers] = np.clip(c[:layers], min(bounds), max(bounds))
+        inside = np.clip(c[:layers], min(bounds), max(bounds))
+        self.bounded += int(np.sum(inside != c[:layers]))
+        c[:layers] = inside
         return c
 
     def step(self, x: Array, terms: Sequence[Term]) -> list[Array]:
