@@ -55,6 +55,41 @@ def compiled_losses(model: keras.Model) -> list[CompiledLoss]:
     return [CompiledLoss(*entry) for entry in compiled._flat_losses]
 
 
+def like_losses(
+    model: keras.Model, outputs: Any, targets: Any
+) -> tuple[Any, Any]:
+    """Returns outputs and targets in the structure of `compiled_losses`.
+
+    `CompileLoss` takes targets in other structures than that of the outputs:
+    by the names of output layers, a single one with or without a list around
+    it, none where an output has no loss. It keeps what it makes of them, a
+    structure of `None`, but not the function that does.
+
+    Args:
+        model: A compiled model whose loss has been called.
+        outputs: The model's outputs.
+        targets: Targets, as the loss was called with.
+    """
+    compiled = model._compile_loss
+    by_name = isinstance(targets, dict) and isinstance(outputs, (list, tuple))
+    if by_name and set(compiled.output_names) == set(targets):
+        targets = [targets[name] for name in compiled.output_names]
+    flat = keras.tree.flatten(targets)
+    structure = compiled._y_true_build_structure
+    count = len(keras.tree.flatten(structure))
+    if len(flat) < count:
+        # Outputs without a loss have no targets.
+        given = iter(flat)
+        losses = keras.tree.flatten(compiled._user_loss)
+        flat = [None if loss is None else next(given) for loss in losses]
+    return (
+        keras.tree.pack_sequence_as(
+            compiled._y_pred_build_structure, keras.tree.flatten(outputs)
+        ),
+        keras.tree.pack_sequence_as(structure, flat),
+    )
+
+
 class DeclaredLoss(NamedTuple):
     """One loss as the user gave it to `compile`.
 

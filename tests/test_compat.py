@@ -55,6 +55,25 @@ def test_compiled_losses():
     assert (first.weight, second.weight) == (2.0, None)
 
 
+def test_like_losses():
+    """By the names of output layers; `None` where there is no loss."""
+    x = keras.Input((2,))
+    first, second = (layers.Dense(1, name=name)(x) for name in ("b", "a"))
+    model = keras.Model(x, [first, second])
+    model.compile("sgd", loss=["mse", "mse"])
+    outputs = model(np.zeros((1, 2)))
+    targets = {"a": np.zeros((1, 1)), "b": np.ones((1, 1))}
+    model.compute_loss(y=targets, y_pred=outputs)
+    found = _compat.like_losses(model, outputs, targets)
+    assert found[0][0] is outputs[0] and found[0][1] is outputs[1]
+    assert found[1][0] is targets["b"] and found[1][1] is targets["a"]
+
+    model.compile("sgd", loss=[None, "mse"])
+    model.compute_loss(y=[targets["a"]], y_pred=outputs)
+    _, found = _compat.like_losses(model, outputs, [targets["a"]])
+    assert found[0] is None and found[1] is targets["a"]
+
+
 def test_declared_losses():
     """Names, shapes and paths of the losses, before any is called."""
     x = keras.Input((2,))

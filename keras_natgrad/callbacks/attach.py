@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -17,6 +18,7 @@ class Attach(keras.callbacks.Callback):
 
     Args:
         head: Passed to `attach`.
+        exclude: Likewise. Defaults to what `attach` was given before.
 
     Raises:
         ValueError: When `fit` starts, if the compiled optimizer is not one
@@ -30,9 +32,12 @@ class Attach(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, head: Any = None) -> None:
+    def __init__(
+        self, head: Any = None, exclude: Sequence[Any] | None = None
+    ) -> None:
         super().__init__()
         self.head = head
+        self.exclude = exclude
 
     def set_model(self, model: keras.Model) -> None:
         """Attaches; called by `fit` before it makes its training function."""
@@ -44,4 +49,4 @@ class Attach(keras.callbacks.Callback):
                 "keras_natgrad, e.g. keras_natgrad.KFAC(). "
                 f"Received: optimizer={model.optimizer!r}"
             )
-        optimizer.attach(model, head=self.head)
+        optimizer.attach(model, head=self.head, exclude=self.exclude)

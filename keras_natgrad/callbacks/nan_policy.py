@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_natgrad.step.damping import check_positive
+from keras_natgrad.step.checks import check_integer, check_positive
 from keras_natgrad.training.train_step import curvature_optimizer
 
 
@@ -69,18 +69,14 @@ class RaiseDamping(keras.callbacks.Callback):
         tolerance: int = 2,
     ) -> None:
         super().__init__()
-        check_positive("factor", factor)
+        self.factor = check_positive("factor", factor)
         if factor <= 1:
             raise ValueError(
                 f"`factor` must be above one. Received: factor={factor!r}"
             )
-        _check_integer("keep_every", keep_every, 1)
-        _check_integer("patience", patience, 1)
-        _check_integer("tolerance", tolerance, 0)
-        self.factor = float(factor)
-        self.keep_every = keep_every
-        self.patience = patience
-        self.tolerance = tolerance
+        self.keep_every = check_integer("keep_every", keep_every, 1)
+        self.patience = check_integer("patience", patience, 1)
+        self.tolerance = check_integer("tolerance", tolerance, 0)
         #: Iterations at which it went back, and those that it went back to.
         self.returns: list[tuple[int, int]] = []
         self._start()
@@ -208,11 +204,3 @@ class RaiseDamping(keras.callbacks.Callback):
 
 def _to_array(variable: Any) -> np.ndarray:
     return np.array(variable.value.numpy())
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {least}. "
-            f"Received: {name}={value!r}"
-        )

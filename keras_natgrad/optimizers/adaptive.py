@@ -8,7 +8,7 @@ from typing_extensions import override
 from keras_natgrad.optimizers.base import CurvatureOptimizer
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.step import Damping, LevenbergMarquardt, LineSearch
-from keras_natgrad.step.damping import check_positive
+from keras_natgrad.step.checks import check_positive
 
 
 class AdaptiveOptimizer(CurvatureOptimizer):

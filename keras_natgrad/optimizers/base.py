@@ -18,6 +18,12 @@ from keras_natgrad.capture import (
     match_layers,
 )
 from keras_natgrad.capture.patterns import pattern_name
+from keras_natgrad.optimizers.attachment import (
+    NOT_ATTACHED,
+    check_exclude,
+    check_same_model,
+    check_trainable,
+)
 from keras_natgrad.optimizers.coverage import (
     check_batched,
     check_reached,
@@ -32,12 +38,6 @@ from keras_natgrad.training.choices import (
 )
 from keras_natgrad.training.terms import mean_terms
 
-_NOT_ATTACHED = (
-    "This {name} optimizer is not attached to a model, so it cannot see the "
-    "layers whose curvature it needs. Write `optimizer.attach(model)` before "
-    "training, or pass `keras_natgrad.callbacks.Attach()` to "
-    "`fit(callbacks=...)`."
-)
 _NO_CURVATURE = (
     "This {name} optimizer received gradients without curvature. In a custom "
     "training loop, compute them with `keras_natgrad.CurvatureTape(optimizer)`"
@@ -77,13 +77,15 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         self,
         model: keras.Model,
         head: Any = None,
-        exclude: Sequence[Any] = (),
+        exclude: Sequence[Any] | None = None,
     ) -> Any:
         """Attaches the optimizer to the model that it trains.
 
         The model's class, layers and saved file stay as they are; an
         instance `train_step` is set, unless the class has its own. Attaching
-        again is harmless, and necessary after `keras.models.load_model`.
+        again is harmless: what is not given stays as it was for this model.
+        It is necessary after `keras.models.load_model` (under mixed precision
+        of `model.optimizer.inner_optimizer`).
 
         Args:
             model: A `keras.Model`, built or not.
@@ -93,7 +95,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                 an exact Fisher where the compiled loss has no head.
             exclude: Names, paths, globs (`"*/attention/*"`) or classes of
                 layers that are not to be captured; their variables get the
-                fallback block.
+                fallback block. To be given before the first step.
 
         Returns:
             The optimizer itself.
@@ -101,7 +103,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         Raises:
             ValueError: If `model` is no Keras model, or not the one that the
                 optimizer's state was built for, or if `exclude` is no list
-                of patterns.
+                of patterns or comes too late.
 
         Example:
 
@@ -115,28 +117,37 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                 "`attach` takes a keras.Model. "
                 f"Received: model={model!r} of type {type(model).__name__}"
             )
+        changed = head is not None and head is not self._head
         self.take_model(model, head, exclude)
         install(model)
+        if changed:
+            # A training function that Keras made before has the other head.
+            model.train_function = None
         if self.steps_outside:
             install_hook(model)
         return self
 
     def take_model(
-        self, model: keras.Model, head: Any, exclude: Sequence[Any]
+        self, model: keras.Model, head: Any, exclude: Sequence[Any] | None
     ) -> None:
         """Notes what `attach` was given; the model stays as it is."""
         if isinstance(exclude, (str, type)):
             raise ValueError(
                 f"`exclude` must be a list. Received: exclude={exclude!r}"
             )
-        for pattern in exclude:
+        for pattern in exclude or ():
             pattern_name(pattern, "exclude")
+        reference = self._model_reference
+        again = reference is not None and reference() is model
         if self._curvature_built:
+            if again and exclude is not None:
+                check_exclude(type(self).__name__, self._exclude, exclude)
             self.planned_layers(model)
         self._hide("_model_reference", weakref.ref(model))
-        if head is not None:
+        if head is not None or not again:
             self._hide("_head", head)
-        self._hide("_exclude", tuple(exclude))
+        if exclude is not None or not again:
+            self._hide("_exclude", tuple(exclude or ()))
         if self.built and not self._curvature_built:
             self._build_curvature(_compat.optimizer_variables(self))
 
@@ -149,7 +160,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         reference = self._model_reference
         model = None if reference is None else reference()
         if model is None:
-            raise ValueError(_NOT_ATTACHED.format(name=type(self).__name__))
+            raise ValueError(NOT_ATTACHED.format(name=type(self).__name__))
         return model
 
     def attached_head(self) -> Any:
@@ -196,11 +207,11 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
 
     def _build_curvature(self, variables: list[Any]) -> None:
         if self._model_reference is not None:
-            plan = make_plan(
-                self.attached_model(),
-                self.model_variables(variables),
-                self._exclude,
-            )
+            model = self.attached_model()
+            own = self.model_variables(variables)
+            if isinstance(model, keras.Model):
+                check_same_model(type(self).__name__, model, own)
+            plan = make_plan(model, own, self._exclude)
             self._hide("_plan", self.choose_layers(plan))
             self.warn_of_plan(self._plan, variables)
         self._hide("_curvature_built", True)
@@ -267,6 +278,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         if not self.built:
             self.build(list(variables))
         model = self.attached_model()
+        own = _compat.optimizer_variables(self)
+        check_trainable(type(self).__name__, own)
         layers = self.planned_layers(model)
         terms = tape.terms
         if terms is None:
@@ -339,7 +352,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         key = distribution.replica_key()
         observation = self._observations.pop(key, None)
         if observation is None:
-            self.attached_model()
+            model = self.attached_model()
+            check_same_model(type(self).__name__, model, trainable_variables)
             raise ValueError(_NO_CURVATURE.format(name=type(self).__name__))
         grads = _compat.all_reduce_gradients(self, grads, trainable_variables)
         own = _compat.optimizer_variables(self)

@@ -17,7 +17,12 @@ from keras_natgrad.step import (
     get_line_search,
     get_quadratic_model,
 )
-from keras_natgrad.step.damping import check_fraction, check_positive
+from keras_natgrad.step.checks import (
+    check_fraction,
+    check_positive,
+    check_seed,
+    is_number,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -189,7 +194,7 @@ class KFAC(PreconditionedOptimizer):
         )
         self._hide("quadratic_model", get_quadratic_model(quadratic_model))
         if norm_constraint is not None:
-            check_positive("norm_constraint", norm_constraint)
+            norm_constraint = check_positive("norm_constraint", norm_constraint)
         self.norm_constraint = norm_constraint
         self._hide(
             "block_options",
@@ -202,7 +207,7 @@ class KFAC(PreconditionedOptimizer):
             ),
         )
         self.log_statistics = log_statistics
-        self.seed = seed
+        self.seed = check_seed(seed)
         self._hide("_velocities", [])
 
     # -- Saving ----------------------------------------------------------
@@ -262,8 +267,7 @@ def _length(automatic: bool, momentum: Any) -> StepLength:
         return StepLength(automatic, 0.0, momentum.momentum)
     if momentum == "auto":
         return StepLength(automatic, None)
-    number = isinstance(momentum, (int, float))
-    if number and not isinstance(momentum, bool) and 0 <= momentum < 1:
+    if is_number(momentum) and 0 <= momentum < 1:
         return StepLength(automatic, float(momentum))
     raise ValueError(
         "`momentum` must be 'auto', a float in [0, 1) or a "

@@ -20,7 +20,12 @@ from keras_natgrad.step import (
     get_damping,
     get_line_search,
 )
-from keras_natgrad.step.damping import check_positive
+from keras_natgrad.step.checks import (
+    check_fraction,
+    check_integer,
+    check_positive,
+    check_seed,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -117,11 +122,7 @@ class NaturalGradient(WholeNetworkOptimizer):
         self._hide("damping", get_damping(damping))
         self._hide("solver", get_solver(solver))
         self._hide("chosen_solver", self.solver)
-        if isinstance(momentum, bool) or not 0 <= momentum < 1:
-            raise ValueError(
-                f"`momentum` must be in [0, 1). Received: momentum={momentum!r}"
-            )
-        self.momentum = float(momentum)
+        self.momentum = check_fraction("momentum", momentum)
         if fisher not in COLUMN_KINDS:
             raise ValueError(
                 f"`fisher` must be one of {COLUMN_KINDS}. "
@@ -129,12 +130,11 @@ class NaturalGradient(WholeNetworkOptimizer):
             )
         self.fisher = fisher
         if norm_constraint is not None:
-            check_positive("norm_constraint", norm_constraint)
+            norm_constraint = check_positive("norm_constraint", norm_constraint)
         self.norm_constraint = norm_constraint
-        check_positive("max_elements", max_elements)
-        self.max_elements = max_elements
+        self.max_elements = check_integer("max_elements", max_elements, 1)
         self.log_statistics = log_statistics
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     # -- Residuals -------------------------------------------------------
 

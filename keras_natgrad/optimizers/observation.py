@@ -23,7 +23,8 @@ class Observation:
         terms: The network's outputs as `OutputTerm`s.
         records: One `LayerRecord` per captured layer, in plan order.
         loss: Scalar loss of the batch, on all replicas together.
-        usable: Scalar bool: loss and gradients finite, targets possible.
+        fine: Scalar bool: loss and gradients finite, targets possible.
+        counts: Scalar bool: some example has a weight.
         share: This replica's share of the examples' weights; `None` where
             there are no others.
         surged: Scalar bool: the last step has to be taken back.
@@ -42,7 +43,8 @@ class Observation:
         self.terms = terms
         self.records = records
         assert tape.loss is not None
-        self.loss = tf.convert_to_tensor(tape.loss)
+        # Keras leaves the loss of an empty batch empty.
+        self.loss = tf.reduce_sum(tape.loss)
         # A loss may be infinite where its gradient is not.
         fine = (
             all_finite(gradients)
@@ -57,7 +59,13 @@ class Observation:
             self.share = tf.math.divide_no_nan(weight, total)
             self.loss = distribution.sum_over_replicas(self.loss)
             fine, weight = tf.equal(faults, 0), total
-        self.usable = fine & (weight > 0)
+        self.fine = fine
+        self.counts = weight > 0
+
+    @property
+    def usable(self) -> tf.Tensor:
+        """Scalar bool: there is something to learn from the batch."""
+        return self.fine & self.counts
 
     @property
     def accepted(self) -> tf.Tensor:

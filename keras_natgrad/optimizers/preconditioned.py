@@ -289,14 +289,24 @@ class PreconditionedOptimizer(ModelledOptimizer):
             self.state.damping.assign(rule * scale.value)
         elif isinstance(rule, LevenbergMarquardt):
             first = tf.equal(self.state.count("refreshes"), 0)
+            # Again and again, steps taken back would raise it without end.
+            raised = tf.equal(self.state.refresh_at.value, 0)
 
             def start() -> tf.Tensor:
                 mean = self.curvature.mean_eigenvalue()
-                self.state.damping.assign(rule.start(mean) * scale.value)
+                highest = rule.maximum * mean
+                value = self.state.damping.value
+                self.state.damping.assign(
+                    tf.where(
+                        first,
+                        rule.start(mean) * scale.value,
+                        tf.minimum(value, highest),
+                    )
+                )
                 return tf.constant(0)
 
             distribution.across_replicas(
-                lambda: tf.cond(first, start, lambda: tf.constant(0))
+                lambda: tf.cond(first | raised, start, lambda: tf.constant(0))
             )
         else:
             scheduled = tf.cast(rule(self.iterations), scale.dtype)

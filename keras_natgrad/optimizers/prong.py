@@ -15,7 +15,7 @@ from keras_natgrad.heads import LossWeight
 from keras_natgrad.heads.observed import ObservedLoss
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import QuadraticModel, Refresh, StepLength, get_damping
-from keras_natgrad.step.damping import check_fraction
+from keras_natgrad.step.checks import check_fraction
 from keras_natgrad.training.choices import Choice
 
 
@@ -102,11 +102,10 @@ class PRONG(PreconditionedOptimizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate, name=name, **kwargs)
-        check_fraction("momentum", momentum)
-        check_fraction("factor_decay", factor_decay)
-        self._hide("length", StepLength(False, float(momentum)))
+        momentum = check_fraction("momentum", momentum)
+        self._hide("length", StepLength(False, momentum))
         self._hide("damping", _damping(damping))
-        self.factor_decay = factor_decay
+        self.factor_decay = check_fraction("factor_decay", factor_decay)
         self._hide(
             "refresh",
             Refresh(

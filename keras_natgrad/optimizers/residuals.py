@@ -38,7 +38,7 @@ class ResidualObservation:
     Attributes:
         factor: A of the residuals.
         tape: `ResidualTape`.
-        accepted: Scalar bool: residuals and gradients are finite.
+        fine: Scalar bool: residuals and gradients are finite.
         surged: Scalar bool, never true.
     """
 
@@ -46,11 +46,11 @@ class ResidualObservation:
         self,
         factor: FisherFactor,
         tape: ResidualTape,
-        accepted: tf.Tensor,
+        fine: tf.Tensor,
     ) -> None:
         self.factor = factor
         self.tape = tape
-        self.accepted = accepted
+        self.fine = self.accepted = fine
         self.surged = tf.constant(False)
 
     @property
@@ -119,9 +119,9 @@ def observe_residuals(
     def objective() -> tf.Tensor:
         return tf.add_n([group.loss() for group in evaluate()])
 
-    usable = all_finite(gradients) & tf.math.is_finite(loss)
+    fine = all_finite(gradients) & tf.math.is_finite(loss)
     return (
-        ResidualObservation(factor, ResidualTape(loss, objective), usable),
+        ResidualObservation(factor, ResidualTape(loss, objective), fine),
         gradients,
     )
 

@@ -54,12 +54,19 @@ class RetractingOptimizer(AdaptiveOptimizer):
             surge &= guard.is_blamed(loss, before)
         # One batch that is not finite has bad data; a second one in a row
         # says that the weights are bad.
-        again = ~observation.usable & self.state.skipped_last()
-        return surge | again
+        again = ~observation.fine & self.state.skipped_last()
+        return tf.cond(
+            surge | again, self._has_moved, lambda: tf.constant(False)
+        )
+
+    def _has_moved(self) -> tf.Tensor:
+        """Returns whether there is a last step that could be taken back."""
+        steps = [tf.convert_to_tensor(each) for each in self._velocities]
+        return tf.reduce_any([tf.reduce_any(step != 0) for step in steps])
 
     @override
     def skip_step(self, observation: Observation) -> None:
-        self.state.note_skip(observation.surged)
+        self.state.note_skip(observation.surged, ~observation.fine)
         if not self._guarded:
             return
 

@@ -24,8 +24,12 @@ from keras_natgrad.curvature import (
 from keras_natgrad.optimizers.observation import Observation
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import QuadraticModel, Refresh, StepLength
-from keras_natgrad.step.damping import check_fraction, check_positive
-from keras_natgrad.step.refresh import check_period
+from keras_natgrad.step.checks import (
+    check_fraction,
+    check_period,
+    check_positive,
+    is_number,
+)
 
 # Damping of `"auto"` where a layer is measured by a response further on.
 _FAR_DAMPING = 1e-2
@@ -202,7 +206,7 @@ class RNGD(PreconditionedOptimizer):
         self,
         model: keras.Model,
         head: Any = None,
-        exclude: Sequence[str] = (),
+        exclude: Sequence[Any] | None = None,
     ) -> Any:
         self._hide("_sources", None)
         return super().attach(model, head, exclude)
@@ -347,8 +351,7 @@ class RNGD(PreconditionedOptimizer):
 
 
 def _check_damping(name: str, value: Any) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and value >= 0:
+    if is_number(value) and value >= 0:
         return float(value)
     also = " or 'auto'" if name == "damping" else ""
     raise ValueError(

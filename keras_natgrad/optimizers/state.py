@@ -74,11 +74,20 @@ class StepState:
         """Returns whether no step was made on the last batch."""
         return tf.equal(self._skipped_last.value, 1)
 
-    def note_skip(self, retracted: tf.Tensor) -> None:
-        """Counts a batch without a step, or a step taken back."""
+    def note_skip(self, retracted: tf.Tensor, bad: tf.Tensor) -> None:
+        """Counts a bad batch, or a step taken back.
+
+        Args:
+            retracted: Scalar bool: the last step is taken back.
+            bad: Scalar bool: loss or gradients are not finite, or targets
+                impossible. A batch whose weights are all zero is not bad.
+        """
         back = tf.cast(retracted, tf.int32)
-        self.increment(skipped=1 - back, retracted=back)
-        self._skipped_last.assign(1 - back)
+        skipped = tf.cast(bad, tf.int32) * (1 - back)
+        self.increment(skipped=skipped, retracted=back)
+        self._skipped_last.assign(
+            tf.where(bad | retracted, skipped, self._skipped_last.value)
+        )
 
     def add_surge(self) -> tf.Tensor:
         """Counts a step taken back; returns how many there were in a row."""

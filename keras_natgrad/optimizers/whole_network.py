@@ -153,7 +153,7 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
 
     @override
     def skip_step(self, observation: Observation) -> None:
-        self.state.note_skip(tf.constant(False))
+        self.state.note_skip(tf.constant(False), ~observation.fine)
 
     @override
     def curvature_step(

@@ -10,7 +10,11 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_natgrad.linalg import scalar
-from keras_natgrad.step.refresh import check_period
+from keras_natgrad.step.checks import (
+    check_period,
+    check_positive,
+    is_number,
+)
 
 # Factor per adaptation of a damping that dominates the quadratic model.
 _TOO_HIGH = 0.1
@@ -61,13 +65,14 @@ class LevenbergMarquardt:
             check_positive("initial", self.initial)
         check_positive("relative", self.relative)
         check_positive("inverse_ratio", self.inverse_ratio)
-        if not 0 < self.decay < 1:
+        if not is_number(self.decay) or not 0 < self.decay < 1:
             raise ValueError(
                 "`decay` must be between 0 and 1. "
                 f"Received: decay={self.decay!r}"
             )
         check_period("period", self.period)
-        if not 0 <= self.minimum <= self.maximum:
+        numbers = is_number(self.minimum) and is_number(self.maximum)
+        if not numbers or not 0 <= self.minimum <= self.maximum:
             raise ValueError(
                 "`minimum` must lie between 0 and `maximum`. Received: "
                 f"minimum={self.minimum!r}, maximum={self.maximum!r}"
@@ -138,32 +143,10 @@ def get(identifier: Any) -> Damping:
         (LevenbergMarquardt, LearningRateSchedule),
     ):
         return identifier
-    if isinstance(identifier, (int, float)) and not isinstance(
-        identifier, bool
-    ):
-        if identifier >= 0:
-            return float(identifier)
+    if is_number(identifier) and identifier >= 0:
+        return float(identifier)
     raise ValueError(
         "`damping` must be 'auto', a non-negative float, a "
         "keras.optimizers.schedules.LearningRateSchedule or a "
         f"keras_natgrad.LevenbergMarquardt. Received: damping={identifier!r}"
-    )
-
-
-def check_fraction(name: str, value: Any) -> float:
-    """Returns a float in [0, 1), else raises ValueError."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and 0 <= value < 1:
-        return float(value)
-    raise ValueError(
-        f"`{name}` must be a float in [0, 1). Received: {name}={value!r}"
-    )
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a positive number."""
-    if isinstance(value, (int, float)) and value > 0:
-        return
-    raise ValueError(
-        f"`{name}` must be a positive number. Received: {name}={value!r}"
     )

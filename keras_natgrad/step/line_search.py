@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.step.refresh import check_period
+from keras_natgrad.step.checks import check_period, is_number
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -33,7 +33,7 @@ class LineSearch:
     halvings: int = 30
 
     def __post_init__(self) -> None:
-        if not self.largest > 0:
+        if not is_number(self.largest) or not self.largest > 0:
             raise ValueError(
                 "`largest` must be positive. "
                 f"Received: largest={self.largest!r}"
@@ -92,7 +92,16 @@ class LineSearch:
 
 
 def get(identifier: Any) -> LineSearch | None:
-    """Returns a `LineSearch` from itself or its config, else `None`."""
+    """Returns a `LineSearch` from itself or its config, else `None`.
+
+    Raises:
+        ValueError: If it is the class.
+    """
+    if identifier is LineSearch:
+        raise ValueError(
+            "`learning_rate` must be an instance of LineSearch: write "
+            f"`keras_natgrad.LineSearch()`. Received: {identifier!r}"
+        )
     if isinstance(identifier, dict):
         identifier = keras.saving.deserialize_keras_object(identifier)
     return identifier if isinstance(identifier, LineSearch) else None

@@ -9,7 +9,8 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad.linalg import scalar
-from keras_natgrad.step.refresh import Refresh, check_period
+from keras_natgrad.step.checks import check_period, is_number
+from keras_natgrad.step.refresh import Refresh
 
 # The running average spans a fifth of the steps so far; no gap is longer. With
 # few examples estimates are noisy, and the gaps half as long.
@@ -73,7 +74,7 @@ class QuadraticModel:
                 "`by_layer` must be True or False. "
                 f"Received: by_layer={self.by_layer!r}"
             )
-        if not 0 <= self.decay < 1:
+        if not is_number(self.decay) or not 0 <= self.decay < 1:
             raise ValueError(
                 f"`decay` must be in [0, 1). Received: decay={self.decay!r}"
             )

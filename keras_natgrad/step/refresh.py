@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
+from keras_natgrad.step.checks import check_period, is_number
+
 #: Where inverses may be refreshed.
 PLACES = ("graph", "host", "async")
 
@@ -33,9 +35,14 @@ class Refresh:
     where: str = "graph"
 
     def __post_init__(self) -> None:
-        check_period("curvature_update_period", self.curvature_period)
-        check_period("inverse_update_period", self.inverse_period)
-        if self.growth is not None and not self.growth > 0:
+        for field, name in (
+            ("curvature_period", "curvature_update_period"),
+            ("inverse_period", "inverse_update_period"),
+        ):
+            period = check_period(name, getattr(self, field))
+            object.__setattr__(self, field, period)
+        growth = self.growth
+        if growth is not None and not (is_number(growth) and growth > 0):
             raise ValueError(
                 "`refresh_growth` must be a positive number or None. "
                 f"Received: refresh_growth={self.growth!r}"
@@ -70,13 +77,3 @@ class Refresh:
 def is_multiple(step: tf.Tensor, period: int) -> tf.Tensor:
     """Returns whether a step is a multiple of a period."""
     return tf.equal(tf.math.floormod(step, tf.constant(period, step.dtype)), 0)
-
-
-def check_period(name: str, period: object) -> int:
-    """Returns a positive integer period, else raises ValueError."""
-    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-        raise ValueError(
-            f"`{name}` must be a positive number of steps, e.g. 10. "
-            f"Received: {name}={period!r}"
-        )
-    return period

@@ -7,6 +7,8 @@ from typing import Any
 
 import keras
 
+from keras_natgrad.step.checks import is_number
+
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ class Spring:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        number = isinstance(self.momentum, (int, float))
-        if not number or not 0 < self.momentum < 1:
+        if not is_number(self.momentum) or not 0 < self.momentum < 1:
             raise ValueError(
                 "`momentum` of SPRING must be in (0, 1). "
                 f"Received: momentum={self.momentum!r}"

@@ -10,7 +10,10 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad import heads
-from keras_natgrad._compat import compiled_losses, keras_mask
+from keras_natgrad._compat import (
+    compiled_losses,
+    keras_mask,
+)
 from keras_natgrad.curvature import OutputTerm
 from keras_natgrad.training.choices import (
     Choice,
@@ -27,7 +30,7 @@ def compiled_choices(
 
     Args:
         model: A compiled model whose loss has been called.
-        outputs: The model's outputs.
+        outputs: The model's outputs, in the structure of the losses.
         head: Head (or a structure of heads like the losses) that replaces
             what the losses say.
         observed: Whether the optimizer's Fisher is the empirical one.

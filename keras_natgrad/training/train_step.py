@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -128,21 +129,32 @@ def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
         y_pred, loss = total_loss()
         first = next(part for part in keras.tree.flatten(x) if part is not None)
         _compat.update_loss_tracker(model, loss, tf.shape(first)[0])
-        choices = compiled_choices(
-            model, y_pred, optimizer.attached_head(), optimizer.uses_targets
-        )
-        optimizer.receive_choices(choices)
-        terms = compiled_terms(model, choices, y_pred, y, sample_weight)
-        check_support(terms)
-        tape.observe(terms)
+        # Without one the tape asks for a head, as in a custom loop.
+        if _compat.compiled_losses(model):
+            outputs, targets = _compat.like_losses(model, y_pred, y)
+            head = optimizer.attached_head()
+            choices = compiled_choices(
+                model, outputs, head, optimizer.uses_targets
+            )
+            optimizer.receive_choices(choices)
+            terms = compiled_terms(
+                model, choices, outputs, targets, sample_weight
+            )
+            check_support(terms)
+            tape.observe(terms)
         tape.loss = loss
         loss = model.optimizer.scale_loss(loss)
     variables = model.trainable_variables
-    if not model.optimizer.built:
-        # A wrapper decides which variables the optimizer gets.
-        model.optimizer.build(variables)
-    gradients = tape.gradient(loss, variables)
-    model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    if variables:
+        if not model.optimizer.built:
+            # A wrapper decides which variables the optimizer gets.
+            model.optimizer.build(variables)
+        gradients = tape.gradient(loss, variables)
+        model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    else:
+        warnings.warn(
+            "The model does not have any trainable weights.", stacklevel=2
+        )
     logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
     return {**logs, **optimizer.step_logs()}
 

@@ -3,12 +3,10 @@
 import math
 
 import keras
-import numpy as np
 import pytest
 import tensorflow as tf
 
 from keras_natgrad.step import LevenbergMarquardt, get_damping
-from keras_natgrad.step.damping import check_positive
 
 RULE = LevenbergMarquardt(
     initial="auto",
@@ -166,14 +164,3 @@ def test_get_damping_of_something_else(value):
     with pytest.raises(ValueError, match="`damping` must be 'auto'") as error:
         get_damping(value)
     assert f"Received: damping={value!r}" in str(error.value)
-
-
-@pytest.mark.parametrize("value", [0, -1.0, "x", None, math.nan])
-def test_check_positive(value):
-    with pytest.raises(ValueError, match="`name` must be a positive number"):
-        check_positive("name", value)
-
-
-def test_check_positive_accepts():
-    for value in (1, 0.5, np.float64(2.0)):
-        check_positive("name", value)

@@ -5,7 +5,6 @@ import pytest
 import tensorflow as tf
 
 from keras_natgrad.step import Refresh, is_multiple
-from keras_natgrad.step.refresh import check_period
 
 
 def renewals(refresh, period, steps, dtype=tf.int32):
@@ -60,18 +59,6 @@ def test_is_multiple(dtype):
     steps = [tf.constant(step, dtype) for step in range(7)]
     found = [int(step) for step in steps if is_multiple(step, 3)]
     assert found == [0, 3, 6]
-
-
-@pytest.mark.parametrize("value", [1, 7])
-def test_check_period(value):
-    assert check_period("period", value) == value
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.5, 2.0, True, None, "5"])
-def test_check_period_of_something_else(value):
-    with pytest.raises(ValueError, match="`every` must be a positive") as error:
-        check_period("every", value)
-    assert f"Received: every={value!r}" in str(error.value)
 
 
 def test_wrong_arguments():

@@ -200,3 +200,59 @@ def test_head_that_does_not_fit_the_output(given):
     model.compile(optimizer, loss="mse" if given else loss, run_eagerly=True)
     with pytest.raises(ValueError, match="at least two"):
         model.train_on_batch(x, np.zeros((24, 1)))
+
+
+@pytest.mark.parametrize("kind", ["nan", "weightless"])
+@pytest.mark.parametrize("count", [2, 40])
+def test_many_bad_batches_in_a_row(kind, count):
+    """The last step is taken back once; the damping does not run away."""
+    x, y = data()
+    model = compiled(run_eagerly=False)
+    optimizer = model.optimizer
+    for _ in range(6):
+        model.train_on_batch(x, y)
+    before = optimizer.statistics
+    bad = np.full_like(x, np.nan) if kind == "nan" else x
+    for _ in range(count):
+        model.train_on_batch(bad, y, sample_weight=np.zeros(len(x)))
+    after = optimizer.statistics
+    taken_back = kind == "nan"
+    assert after["retracted"] == taken_back
+    assert after["skipped"] == (count - 1 if taken_back else 0)
+    factor = 10 if taken_back else 1
+    assert after["damping"] == pytest.approx(factor * before["damping"])
+    for _ in range(10):
+        model.train_on_batch(x, y)
+    good = compiled(run_eagerly=False)
+    for _ in range(10):
+        good.train_on_batch(x, y)
+    losses = [each.evaluate(x, y, verbose=0) for each in (model, good)]
+    assert losses[0] < 2 * losses[1]
+
+
+def test_a_good_batch_between_bad_ones():
+    """The damping stays finite where every step is taken back."""
+    x, y = data()
+    model = compiled(run_eagerly=False)
+    for _ in range(20):
+        model.train_on_batch(x, y)
+        for _ in range(2):
+            model.train_on_batch(np.full_like(x, np.nan), y)
+    assert model.optimizer.statistics["retracted"] > 10
+    for _ in range(100):
+        model.train_on_batch(x, y)
+    assert all(np.all(np.isfinite(each)) for each in state(model))
+    first = compiled().evaluate(x, y, verbose=0)
+    assert model.evaluate(x, y, verbose=0) < 0.5 * first
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_an_empty_batch(run_eagerly):
+    x, y = data()
+    model = compiled(run_eagerly=run_eagerly)
+    model.train_on_batch(x, y)
+    before = weights(model)
+    model.train_on_batch(x[:0], y[:0])
+    assert_equal(weights(model), before)
+    model.train_on_batch(x, y)
+    assert all(np.all(np.isfinite(each)) for each in state(model))

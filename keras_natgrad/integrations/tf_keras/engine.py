@@ -60,7 +60,9 @@ class Engine(kfac.KFAC):
         return [variable.value for variable in variables]
 
     @override
-    def take_model(self, model: Any, head: Any, exclude: Sequence[Any]) -> None:
+    def take_model(
+        self, model: Any, head: Any, exclude: Sequence[Any] | None
+    ) -> None:
         super().take_model(model, head, exclude)
         if self._curvature_built:
             variables = optimizer_variables(self)

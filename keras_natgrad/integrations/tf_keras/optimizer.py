@@ -119,7 +119,7 @@ class KFAC(tf_keras.optimizers.Optimizer):
     # -- Attaching -------------------------------------------------------
 
     def attach(
-        self, model: Any, head: Any = None, exclude: Sequence[Any] = ()
+        self, model: Any, head: Any = None, exclude: Sequence[Any] | None = None
     ) -> KFAC:
         """Attaches the optimizer to the model that it trains.
 
