@@ -37,6 +37,11 @@ class LossWeight:
         ignore_class: Optional integer, the label of the examples that the
             loss leaves out. Combine `target_mask()` with the Keras mask of the
             outputs. Defaults to `None`.
+        open_scale: Whether the head is one of a family that differ in a scale
+            s, and the loss the negative log-likelihood of each of them, times
+            s: absolute errors say nothing of the scale of a Laplace
+            distribution. Training then takes the most likely scale of the
+            batch's errors. Defaults to `False`.
 
     Raises:
         ValueError: If `reduction` or `units` is unknown.
@@ -51,6 +56,7 @@ class LossWeight:
     reduction: str | None = "sum_over_batch_size"
     units: str = "sum"
     ignore_class: int | None = None
+    open_scale: bool = False
 
     def __post_init__(self) -> None:
         # Keras raises the error for an unknown reduction.

@@ -65,8 +65,8 @@ def _mean_squared_error(loss: Any) -> tuple[Head, LossWeight]:
 
 
 def _mean_absolute_error(loss: Any) -> tuple[Head, LossWeight]:
-    # |y - μ| = -log Laplace(y | μ, 1) + const.
-    return Laplace(scale=1.0), LossWeight(units="mean")
+    # |y - μ| = -s log Laplace(y | μ, s) + const, for every s.
+    return Laplace(scale=1.0), LossWeight(units="mean", open_scale=True)
 
 
 def _mean_squared_logarithmic_error(loss: Any) -> tuple[Head, LossWeight]:

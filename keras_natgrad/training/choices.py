@@ -11,9 +11,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad import heads
+from keras_natgrad import distribution, heads
 from keras_natgrad._compat import declared_losses
 from keras_natgrad.curvature import OutputTerm
+from keras_natgrad.heads import tensors
 from keras_natgrad.heads.losses import find_head
 from keras_natgrad.heads.observed import ObservedLoss, observe_loss
 from keras_natgrad.heads.surrogates import Surrogate, find_surrogate
@@ -89,6 +90,10 @@ class Choice:
             coefficients = self.weight.coefficients(
                 outputs, sample_weight, mask
             )
+            if self.weight.open_scale:
+                return _at_scale_of_errors(
+                    outputs, self.head, coefficients, targets
+                )
             return OutputTerm(outputs, self.head, coefficients, targets)
         if self.surrogate is not None:
             parameters, coefficients = self.surrogate.term(
@@ -101,6 +106,38 @@ class Choice:
             self.loss, outputs, targets, sample_weight, mask
         )
         return OutputTerm(values, self.head, coefficients, tf.ones_like(values))
+
+
+def _at_scale_of_errors(
+    outputs: tf.Tensor, head: heads.Head, coefficients: tf.Tensor, targets: Any
+) -> OutputTerm:
+    """Returns the term of a loss that leaves the scale of the errors open.
+
+    The sum `Σ c |y − η|` of absolute errors is the negative log-likelihood of
+    the Laplace distribution of any scale s, weighted by `c s`, up to a
+    constant; its Fisher is `c / s`. The most likely s is the mean of the
+    absolute errors. With a fixed one the Fisher of a loss whose slope is ±1
+    would not grow as the errors fall, and steps would not get shorter.
+
+    Args:
+        outputs: Tensor `[batch, ..., K]`, η.
+        head: The head, of scale one.
+        coefficients: Tensor `[batch, ...]`, c.
+        targets: Tensor, y.
+    """
+    targets = tensors.match_targets(outputs, targets)
+    errors = tf.reduce_mean(tf.abs(targets - outputs), axis=-1)
+    # A mask may hide what is not finite.
+    counted = tf.where(coefficients > 0, coefficients * errors, 0.0)
+    total, weight = (
+        distribution.sum_over_replicas(tf.reduce_sum(each))
+        for each in (counted, coefficients)
+    )
+    scale = tf.math.divide_no_nan(total, weight)
+    scale = tf.stop_gradient(tf.maximum(scale, keras.config.epsilon()))
+    return OutputTerm(
+        outputs / scale, head, coefficients * scale, targets / scale
+    )
 
 
 def choose(

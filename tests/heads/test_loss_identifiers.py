@@ -39,7 +39,9 @@ SCCE = heads.Categorical(from_logits=False, sparse=True)
     ],
 )
 def test_identifiers(loss, head, units):
-    assert from_loss(loss) == (head, LossWeight(units=units))
+    open_scale = head == heads.Laplace(scale=1.0)
+    weight = LossWeight(units=units, open_scale=open_scale)
+    assert from_loss(loss) == (head, weight)
 
 
 def test_options_of_partial_functions():
