@@ -29,7 +29,7 @@ help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' \
 		$(firstword $(MAKEFILE_LIST))
 
-demo: $(TEST_STAMP) ## Train an MNIST autoencoder with K-FAC
+demo: $(TEST_STAMP) ## Train an autoencoder of small digits with K-FAC
 	$(BIN)/python examples/mnist_autoencoder.py
 
 test: $(TEST_STAMP) ## Run the tests, except the slow ones

@@ -42,6 +42,7 @@ INSTALL_REQUIRES = [
 ]
 
 PLOTS = ["matplotlib"]
+EXAMPLES = ["scikit-learn", *PLOTS]
 TENSORBOARD = ["tensorboard"]
 # Keras Tuner imports tensorboard and does not require it.
 TUNER = ["keras-tuner", "scikit-learn", *TENSORBOARD]
@@ -57,6 +58,7 @@ TESTS = [
 ]
 EXTRAS_REQUIRE = {
     "plots": PLOTS,
+    "examples": EXAMPLES,
     "tensorboard": TENSORBOARD,
     # Wants TensorFlow 2.20; docs/model_garden.md says what to do with 2.21.
     "model-garden": ["tf-keras", "tf-models-official"],

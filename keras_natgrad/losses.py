@@ -7,6 +7,8 @@ import tensorflow as tf
 
 from keras_natgrad import heads
 
+__all__ = ["NegativeLogLikelihood"]
+
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class NegativeLogLikelihood(keras.losses.Loss):

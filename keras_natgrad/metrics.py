@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from keras_natgrad import heads
 
+__all__ = ["CalibrationError", "NegativeLogLikelihood"]
+
 
 # The loss of the same name has the registered one already.
 @keras.saving.register_keras_serializable(

@@ -170,6 +170,12 @@ def tunable():
     return {**regression(), "keras_tuner": keras_tuner, "build": build}
 
 
+def has_tuner():
+    """Keras Tuner is there."""
+    pytest.importorskip("keras_tuner")
+    return {}
+
+
 def wide_inputs():
     """Sixty-four features, ten classes."""
     x = np.random.default_rng(0).normal(size=(320, 64)).astype("float32")
@@ -442,6 +448,20 @@ def searchable(names):
     space = keras_tuner.HyperParameters()
     model = names["hypermodel"].build(space)
     assert float(model.optimizer.learning_rate) == space.get("rate")
+
+
+def wraps(names):
+    """The wrapped build makes a model with an attached K-FAC."""
+    keras_tuner = pytest.importorskip("keras_tuner")
+    model = names["hypermodel"].build(keras_tuner.HyperParameters())
+    assert isinstance(model.optimizer, keras_natgrad.KFAC)
+    assert model.optimizer.attached_model() is model
+
+
+def two_operators(names):
+    """One operator per layer."""
+    shapes = [each.shape[0] for each in names["fisher"].values()]
+    assert shapes == [21 * 32, 33 * 2]
 
 
 def same_function(names):

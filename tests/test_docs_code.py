@@ -30,12 +30,12 @@ class At(NamedTuple):
 PAGES = {
     "README.md": [
         At("np.argmax(x[:, :5]", after=setup.learned),
-        At('Normal(scale="softplus")', setup.two_outputs),
-        At("NaturalGradient()", setup.regression, setup.attached),
+        At('Normal(scale="softplus")', after=setup.band),
+        At("NaturalGradient()", after=setup.attached),
         At("RNGD(0.01)", after=setup.attached),
-        At("NaturalGradientHyperModel", setup.tunable),
         At("PRONG()", after=setup.attached),
-        At("heads.Categorical()", setup.classifier),
+        At("NaturalGradientHyperModel", setup.has_tuner, setup.wraps),
+        At("kng.fisher(", after=setup.two_operators),
     ],
     "choosing_an_optimizer.md": [
         At("for optimizer in", setup.regression, setup.attached),

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "keras_natgrad"
 OPTIONAL = {
     "plots": {"matplotlib"},
+    "examples": {"matplotlib", "scikit-learn"},
     "tensorboard": {"tensorboard"},
     "model-garden": {"tf-keras", "tf-models-official"},
     "tuner": {"keras-tuner", "scikit-learn", "tensorboard"},
@@ -114,6 +115,7 @@ def test_every_extra_is_declared(metadata):
         *(
             "model-garden",
             "plots",
+            "examples",
             "tensorboard",
             "tuner",
             "docs",
