@@ -224,21 +224,21 @@ class Block(abc.ABC):
         self,
         statistics: Sequence[tf.Tensor],
         decay: float | tf.Tensor,
-        may_overflow: bool = False,
     ) -> None:
         """Folds statistics into the running averages.
 
         Average and weight follow `s ← β s + (1 − β) ŝ`, `w ← β w + (1 − β)`;
         dividing by `w` makes the average unbiased from the first step on.
 
+        Statistics that are not finite, as float16 may have them, or a head of
+        one's own, would stay in the averages: they change nothing.
+
         Args:
             statistics: Input statistics followed by cotangent statistics.
-            decay: Scalar β in [0, 1).
-            may_overflow: Whether they come from float16. Statistics that are
-                not finite then change nothing: `β` is one for this block.
+            decay: Scalar β in [0, 1); one for statistics that are not finite.
         """
         decay = scalar(decay, self.dtype)
-        if may_overflow and statistics:
+        if statistics:
             finite = [
                 tf.math.is_finite(tf.reduce_sum(new)) for new in statistics
             ]

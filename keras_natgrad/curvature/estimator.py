@@ -160,18 +160,15 @@ class BlockDiagonal:
         self,
         statistics: Statistics,
         decay: float | tf.Tensor,
-        may_overflow: bool = False,
     ) -> None:
         """Folds a batch's statistics into the running averages.
 
         Args:
             statistics: One tuple per entry.
             decay: Decay of the averages.
-            may_overflow: Whether they come from float16, see
-                `Block.accumulate`.
         """
         for entry, new in zip(self.entries, statistics, strict=True):
-            entry.block.accumulate(new, decay, may_overflow)
+            entry.block.accumulate(new, decay)
 
     def update_bases(self) -> bool:
         """Finds the bases that statistics are taken in.

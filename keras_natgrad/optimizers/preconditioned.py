@@ -28,6 +28,7 @@ from keras_natgrad.step import (
     TrialStep,
     is_multiple,
 )
+from keras_natgrad.step.damping import least_scale
 from keras_natgrad.step.directions import (
     Ridge,
     in_metric,
@@ -159,7 +160,6 @@ class PreconditionedOptimizer(ModelledOptimizer):
             self.curvature.accumulate(
                 self.curvature.statistics(captured, self.fisher, seed),
                 self.factor_decay,
-                captured.is_half,
             )
             self.state.increment(curvature_updates=1)
             self.state.update_at.assign(
@@ -179,7 +179,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
         learning_rate: Any,
     ) -> None:
         rate = tf.cast(learning_rate, self.curvature_dtype)
-        self._set_damping()
+        self._set_damping(gradients, observation.loss)
         step = tf.convert_to_tensor(self.iterations)
         due = self.refresh.is_due(step, self.state.refresh_at.value)
         # Zero at the first step, and after one that was taken back: then the
@@ -201,6 +201,9 @@ class PreconditionedOptimizer(ModelledOptimizer):
         else:
             momentum = tf.constant(self.length.momentum, rate.dtype)
             coefficients, model = tf.stack([rate, momentum]), None
+        # Nothing moves where the model is not finite.
+        finite = tf.reduce_all(tf.math.is_finite(coefficients))
+        coefficients = tf.where(finite, coefficients, 0.0)
         self._move(solved, coefficients)
         if self._guarded:
             self.state.guard.accept(observation.loss)
@@ -282,7 +285,9 @@ class PreconditionedOptimizer(ModelledOptimizer):
                     momentum,
                 )
 
-    def _set_damping(self) -> None:
+    def _set_damping(
+        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor
+    ) -> None:
         """Starts the damping, or looks it up in its schedule."""
         rule, scale = self.damping, self.state.damping_scale
         if isinstance(rule, float):
@@ -293,7 +298,9 @@ class PreconditionedOptimizer(ModelledOptimizer):
             raised = tf.equal(self.state.refresh_at.value, 0)
 
             def start() -> tf.Tensor:
+                least = least_scale(gradients, loss)
                 mean = self.curvature.mean_eigenvalue()
+                mean = tf.maximum(mean, tf.cast(least, mean.dtype))
                 highest = rule.maximum * mean
                 value = self.state.damping.value
                 self.state.damping.assign(

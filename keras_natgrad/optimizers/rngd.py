@@ -252,7 +252,7 @@ class RNGD(PreconditionedOptimizer):
         updates = self.state.count("curvature_updates")
         started = self.identity_start | (updates > 0)
         due = self.refresh.is_due(batches, self.state.refresh_at.value)
-        self._set_damping()
+        self._set_damping([], observation.loss)
         self._refresh_if(due & started & observation.accepted, self._refresh)
 
         def update() -> tf.Tensor:
@@ -266,9 +266,7 @@ class RNGD(PreconditionedOptimizer):
                     tf.stack([tf.constant(self.seed, tf.int32), batches])
                 ),
             )
-            self.curvature.accumulate(
-                statistics, self.factor_decay, captured.is_half
-            )
+            self.curvature.accumulate(statistics, self.factor_decay)
             self.state.increment(curvature_updates=1)
             self.state.update_at.assign(
                 self.refresh.next_due(batches, self.refresh.curvature_period)

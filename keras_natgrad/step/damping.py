@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +19,9 @@ from keras_natgrad.step.checks import (
 
 # Factor per adaptation of a damping that dominates the quadratic model.
 _TOO_HIGH = 0.1
+# Smallest typical eigenvalue of the Fisher relative to ‖∇‖²/f, see
+# `least_scale`.
+_LEAST_SCALE = 5e-6
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -103,10 +107,12 @@ class LevenbergMarquardt:
         good, bad = ratio > 0.75, tf.logical_not(ratio >= 0.25)
         down = tf.where(share < 0.5, scalar(_TOO_HIGH, decay.dtype), decay)
         factor = tf.where(good, down, tf.where(bad, 1 / decay, 1.0))
+        # The bounds are the factor's: where the Fisher is nearly zero, the
+        # damping may have started above them.
         adapted = tf.clip_by_value(
             damping * factor,
             self.minimum * mean_eigenvalue,
-            self.maximum * mean_eigenvalue,
+            tf.maximum(self.maximum * mean_eigenvalue, damping),
         )
         return tf.where(tf.equal(factor, 1.0), damping, adapted)
 
@@ -118,6 +124,25 @@ class LevenbergMarquardt:
     def from_config(cls, config: dict[str, Any]) -> LevenbergMarquardt:
         """Recreates the rule from `get_config`."""
         return cls(**config)
+
+
+def least_scale(gradients: Sequence[tf.Tensor], loss: tf.Tensor) -> tf.Tensor:
+    """Returns what the first damping takes for a typical eigenvalue at least.
+
+    The Fisher of saturated outputs is zero to rounding, their gradient is not:
+    a damping in units of that Fisher would let the first step go anywhere. A
+    loss f that cannot fall below zero falls to it along the gradient in a step
+    of `f / ‖∇‖²` at most (Polyak 1987); the eigenvalue is never taken for less
+    than a tiny part of its reciprocal. Elsewhere it is far above that. Like
+    the Fisher it is proportional to the scale of the loss.
+
+    Args:
+        gradients: The gradient, a tensor per variable.
+        loss: Scalar f.
+    """
+    norm = tf.add_n([tf.reduce_sum(tf.square(each)) for each in gradients])
+    loss = tf.abs(tf.cast(loss, norm.dtype))
+    return _LEAST_SCALE * tf.math.divide_no_nan(norm, loss)
 
 
 Damping: TypeAlias = float | LevenbergMarquardt | LearningRateSchedule

@@ -175,8 +175,10 @@ class AveragedGram:
         scale = tf.math.reciprocal_no_nan(norms)
         decay = self._decay(step, gram.dtype)
         old, weights = self._quotients.value, self._weights.value
-        seen = (scale * scale[:, tf.newaxis]) > 0
         new = gram * scale * scale[:, tf.newaxis]
+        seen = (scale * scale[:, tf.newaxis]) > 0
+        # What is not finite would stay in the average.
+        seen &= tf.math.is_finite(new)
         self._quotients.assign(
             tf.where(seen, decay * old + (1 - decay) * new, old)
         )
