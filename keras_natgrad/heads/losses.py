@@ -85,7 +85,8 @@ def _log_cosh(loss: Any) -> tuple[Head, LossWeight]:
 
 
 def _poisson(loss: Any) -> tuple[Head, LossWeight]:
-    # λ - y log λ = -log Poisson(y | λ) + const; the outputs are rates.
+    # λ - y log λ = -log Poisson(y | λ) + const; the outputs are rates, which
+    # the link raises to ε. (Keras adds ε within the logarithm.)
     return Poisson(rate="identity"), LossWeight(units="mean")
 
 

@@ -1,5 +1,6 @@
 """Tensor functions shared by the heads."""
 
+import keras
 import tensorflow as tf
 
 
@@ -23,6 +24,30 @@ def as_parameters(outputs: tf.Tensor) -> tf.Tensor:
 def cast_like(value: tf.Tensor, parameters: tf.Tensor) -> tf.Tensor:
     """Converts `value` to a tensor with the dtype of `parameters`."""
     return tf.cast(tf.convert_to_tensor(value), parameters.dtype)
+
+
+def clip_with_gradient(
+    value: tf.Tensor, highest: float | None = None
+) -> tf.Tensor:
+    """Clips to `[ε, highest − ε]`, `ε = keras.config.epsilon()`, as Keras does.
+
+    Derivatives pass through the clipping.
+
+    Args:
+        value: Floating-point tensor.
+        highest: The upper end of the range, or `None` for no bound.
+
+    Returns:
+        Tensor of the same shape and dtype.
+    """
+    epsilon = keras.config.epsilon()
+    if highest is None:
+        clip = tf.grad_pass_through(lambda x: tf.maximum(x, epsilon))
+    else:
+        clip = tf.grad_pass_through(
+            lambda x: tf.clip_by_value(x, epsilon, highest - epsilon)
+        )
+    return clip(value)
 
 
 def match_targets(parameters: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
