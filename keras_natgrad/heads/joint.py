@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.probability import distributions
+from keras_natgrad.heads.probe import probe
 from keras_natgrad.heads.serialization import get
 
 
@@ -192,16 +193,12 @@ class Joint(Head):
         )
 
     def _target_sizes(self) -> list[int | None]:
-        """Returns how many places each head's targets take; `None`: one number.
-
-        A distribution of constants tells, and nothing is computed.
-        """
+        """Returns the places of each head's targets; `None`: one number."""
         if self._places is None:
             places: list[int | None] = []
-            with tf.Graph().as_default():
-                for head, size in zip(self.heads, self.sizes, strict=True):
-                    event = head.distribution(tf.ones([1, size])).event_shape
-                    places.append(event[-1] if event.rank else None)
+            for head, size in zip(self.heads, self.sizes, strict=True):
+                event = _event_shape(head, size)
+                places.append(event[-1] if event.rank else None)
             self._places = places
         return self._places
 
@@ -231,6 +228,18 @@ class Joint(Head):
             piece = piece[..., 0] if place is None else piece
             results.append(function(head, part, piece))
         return results
+
+
+def _event_shape(head: Head, size: int) -> tf.TensorShape:
+    event = probe(
+        lambda outputs, _: head.distribution(outputs).event_shape, size
+    )
+    if not isinstance(event, tf.TensorShape):
+        raise ValueError(
+            "Heads side by side must each have a distribution of one tensor. "
+            f"Received: head={head!r} with the event shape {event}"
+        )
+    return event
 
 
 def _repeat(outputs: tf.Tensor, vector: tf.Tensor) -> tf.Tensor:
