@@ -141,7 +141,8 @@ class Head(abc.ABC):
         """
         outputs = tensors.as_parameters(outputs)
         seed = tf.cast(seed, tf.int32)
-        return self.distribution(outputs).sample(seed=seed)
+        draws = self.distribution(outputs).sample(seed=seed)
+        return tf.nest.map_structure(_forget, draws)
 
     def mean(self, outputs: tf.Tensor) -> tf.Tensor:
         """Returns the mean of the targets, e.g. of `model.predict(x)`.
@@ -176,6 +177,7 @@ class Head(abc.ABC):
             Tensor of shape `[..., K]`.
         """
         outputs = tensors.as_parameters(outputs)
+        targets = tf.nest.map_structure(_forget, targets)
         with tf.GradientTape() as tape:
             tape.watch(outputs)
             log_prob = self.log_prob(outputs, targets)
@@ -332,3 +334,12 @@ class Head(abc.ABC):
             f"{name}={value!r}" for name, value in self.get_config().items()
         )
         return f"{type(self).__name__}({arguments})"
+
+
+def _forget(targets: tf.Tensor) -> tf.Tensor:
+    """Returns targets that TFP does not know the origin of.
+
+    Its bijectors remember which tensor a draw was made from and give that back
+    as the inverse, whatever the parameters: the score of a draw would be zero.
+    """
+    return tf.identity(targets)

@@ -8,7 +8,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.heads import tensors
 from keras_natgrad.heads.family import (
     Family,
     Information,
@@ -230,19 +229,16 @@ class ZeroInflatedPoisson(Family):
             inflated_loc_probs=tf.sigmoid(values["probs"]),
         )
 
-    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Computes the log-probability; see `Head.log_prob()`."""
-        outputs = tensors.as_parameters(outputs)
-        targets = self._match(outputs, targets)
-        values = self.values(outputs)
+    def unit_log_prob(
+        self, values: dict[str, tf.Tensor], targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the log-probability of each unit."""
         extra = tf.math.log_sigmoid(values["probs"])
         kept = tf.math.log_sigmoid(-values["probs"])
         counts = distributions().Poisson(values["rate"]).log_prob(targets)
         # log(π + (1 − π) e^{−λ}) from logarithms.
         zero = extra + tf.nn.softplus(kept - values["rate"] - extra)
-        return tf.reduce_sum(
-            tf.where(tf.equal(targets, 0), zero, kept + counts), axis=-1
-        )
+        return tf.where(tf.equal(targets, 0), zero, kept + counts)
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.family import check_count
+from keras_natgrad.heads.family import check_count, clip_inside
 from keras_natgrad.heads.links import get_link, link_config
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import trigamma_excess
@@ -118,6 +118,11 @@ class Dirichlet(_Concentrations):
         """Builds the `Dirichlet` distribution."""
         outputs = tensors.as_parameters(outputs)
         return distributions().Dirichlet(self._link.value(outputs))
+
+    def sample(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Draws shares, none of which is rounded to zero."""
+        draws = super().sample(outputs, seed)
+        return clip_inside(draws, "positive")
 
     def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Computes the log-density; see `Head.log_prob()`."""

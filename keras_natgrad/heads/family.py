@@ -124,6 +124,19 @@ class Family(Head):
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in the coordinates."""
 
+    def unit_log_prob(
+        self, values: dict[str, tf.Tensor], targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the log-probability of each unit's target, `[..., D]`.
+
+        To be overridden where that of `units()` loses digits.
+
+        Args:
+            values: As for `units()`.
+            targets: Tensor `[..., D]`.
+        """
+        return self.units(values).log_prob(targets)
+
     # -- Parameters ------------------------------------------------------
 
     @property
@@ -164,8 +177,17 @@ class Family(Head):
         """Computes the log-probability; see `Head.log_prob()`."""
         outputs = tensors.as_parameters(outputs)
         targets = self._match(outputs, targets)
-        units = self.units(self.values(outputs))
-        return tf.reduce_sum(units.log_prob(targets), axis=-1)
+        log_probs = self.unit_log_prob(self.values(outputs), targets)
+        return tf.reduce_sum(log_probs, axis=-1)
+
+    def sample(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Draws one target per unit; see `Head.sample()`.
+
+        Draws are clipped to the numbers within the support: rounded to its
+        boundary, where many densities are infinite, they would have no score.
+        """
+        draws = super().sample(outputs, seed)
+        return clip_inside(draws, self.target_support)
 
     def quantile(self, outputs: tf.Tensor, probability: float) -> tf.Tensor:
         """Returns the value that targets stay below with a probability.
@@ -344,10 +366,12 @@ class TargetSupport(NamedTuple):
     Attributes:
         description: Completes "The targets must be ...".
         contains: Function from targets to booleans.
+        ends: The ends of the open interval that contains them.
     """
 
     description: str
     contains: Any
+    ends: tuple[float, float] = (-math.inf, math.inf)
 
 
 def _is_count(y: tf.Tensor) -> tf.Tensor:
@@ -361,6 +385,7 @@ TARGETS = {
     "positive": TargetSupport(
         "positive finite numbers; shift or clip zeros",
         lambda y: tf.math.is_finite(y) & (y > 0),
+        (0.0, math.inf),
     ),
     "nonnegative": TargetSupport(
         "non-negative finite numbers",
@@ -369,13 +394,32 @@ TARGETS = {
     "above_minus_one": TargetSupport(
         "finite numbers above −1",
         lambda y: tf.math.is_finite(y) & (y > -1),
+        (-1.0, math.inf),
     ),
     "unit": TargetSupport(
         "numbers strictly between 0 and 1; shrink 0 and 1 inwards",
         lambda y: (y > 0) & (y < 1),
+        (0.0, 1.0),
     ),
     "count": TargetSupport("non-negative integers", _is_count),
 }
+
+
+def clip_inside(draws: tf.Tensor, target_support: str) -> tf.Tensor:
+    """Clips draws to the floating-point numbers inside of a support.
+
+    Args:
+        draws: Tensor.
+        target_support: A key of `TARGETS`.
+
+    Returns:
+        Tensor of the same shape and dtype.
+    """
+    dtype = draws.dtype.as_numpy_dtype
+    low, high = (dtype(end) for end in TARGETS[target_support].ends)
+    # Next to zero the smallest number that processors do not flush to zero.
+    least = np.finfo(dtype).tiny if low == 0 else np.nextafter(low, high)
+    return tf.clip_by_value(draws, least, np.nextafter(high, low))
 
 
 def _check_fixed(name: str, number: Any, support: str) -> float:

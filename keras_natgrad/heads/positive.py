@@ -205,6 +205,15 @@ class Weibull(Family):
         """Builds the units' distributions; see `Family.units()`."""
         return distributions().Weibull(values["concentration"], values["scale"])
 
+    def unit_log_prob(
+        self, values: dict[str, tf.Tensor], targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the log-density of each unit, by the logarithm of y."""
+        # log k + log(y/λ)^k − log y − (y/λ)^k: y/λ itself may overflow.
+        k, log_y = values["concentration"], tf.math.log(targets)
+        log_power = k * (log_y - tf.math.log(values["scale"]))
+        return tf.math.log(k) + log_power - log_y - tf.exp(log_power)
+
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
         k = values["concentration"]
