@@ -34,6 +34,7 @@ class Poisson(Family):
 
     parameters = (Parameter("rate", "positive"),)
     target_support = "count"
+    in_float64 = True
 
     def __init__(self, rate: float | str | Any = "exp") -> None:
         super().__init__(rate=rate)
@@ -106,6 +107,7 @@ class NegativeBinomial(Family):
         Parameter("total_count", "positive"),
     )
     target_support = "count"
+    in_float64 = True
 
     def __init__(
         self,
@@ -161,6 +163,7 @@ class NegativeBinomialLogits(Family):
         Parameter("total_count", "positive"),
     )
     target_support = "count"
+    in_float64 = True
 
     def __init__(
         self,
@@ -212,6 +215,7 @@ class ZeroInflatedPoisson(Family):
         Parameter("rate", "positive"),
     )
     target_support = "count"
+    in_float64 = True
 
     def __init__(
         self,

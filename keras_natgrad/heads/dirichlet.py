@@ -48,14 +48,22 @@ class _Concentrations(Head):
     def _down_date(self, alpha: tf.Tensor, total: tf.Tensor) -> _DownDate:
         """Returns D and w from float64 concentrations and their sum."""
 
+    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        """Computes the log-probability; see `Head.log_prob()`."""
+        outputs = tensors.as_parameters(outputs)
+        targets = tensors.match_targets(outputs, targets)
+        # Differences of log Γ at large concentrations: in float64.
+        wide = self.distribution(tf.cast(outputs, tf.float64))
+        log_prob = wide.log_prob(tf.cast(targets, tf.float64))
+        return tensors.cast_like(log_prob, outputs)
+
     def fisher_factor_product(
         self, outputs: tf.Tensor, vector: tf.Tensor
     ) -> tf.Tensor:
         """Multiplies by the factor."""
         scale, w, share = self._factor(outputs)
         vector = tensors.cast_like(vector, w)
-        inner = tf.reduce_sum(w * vector, axis=-1, keepdims=True)
-        product = scale * (vector - share * w * inner)
+        product = scale * _shrink_along(w, share, vector)
         return tensors.cast_like(product, tensors.as_parameters(outputs))
 
     def fisher_factor_transpose_product(
@@ -64,8 +72,7 @@ class _Concentrations(Head):
         """Multiplies by the transposed factor."""
         scale, w, share = self._factor(outputs)
         vector = scale * tensors.cast_like(vector, w)
-        inner = tf.reduce_sum(w * vector, axis=-1, keepdims=True)
-        product = vector - share * w * inner
+        product = _shrink_along(w, share, vector)
         return tensors.cast_like(product, tensors.as_parameters(outputs))
 
     def validate(self, outputs_shape: Sequence[int | None]) -> None:
@@ -93,6 +100,14 @@ class _Concentrations(Head):
         root, w, rest = self._down_date(alpha, total)
         share = 1.0 / (1.0 + tf.sqrt(tf.clip_by_value(rest, 0.0, 1.0)))
         return self._link.slope(outputs) * root, w, share
+
+
+def _shrink_along(
+    w: tf.Tensor, share: tf.Tensor, vector: tf.Tensor
+) -> tf.Tensor:
+    """Returns `(I − share · w wᵀ) v`."""
+    inner = tf.reduce_sum(w * vector, axis=-1, keepdims=True)
+    return vector - share * w * inner
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -123,12 +138,6 @@ class Dirichlet(_Concentrations):
         """Draws shares, none of which is rounded to zero."""
         draws = super().sample(outputs, seed)
         return clip_inside(draws, "positive")
-
-    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Computes the log-density; see `Head.log_prob()`."""
-        outputs = tensors.as_parameters(outputs)
-        targets = tensors.match_targets(outputs, targets)
-        return self.distribution(outputs).log_prob(targets)
 
     def targets_in_support(
         self, outputs: tf.Tensor, targets: tf.Tensor
@@ -200,15 +209,6 @@ class DirichletMultinomial(_Concentrations):
         alpha = self._link.value(tensors.as_parameters(outputs))
         count = tf.constant(self.total_count, alpha.dtype)
         return distributions().DirichletMultinomial(count, alpha)
-
-    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Computes the log-probability; see `Head.log_prob()`."""
-        outputs = tensors.as_parameters(outputs)
-        targets = tensors.match_targets(outputs, targets)
-        # Differences of log Γ at large concentrations: in float64.
-        wide = self.distribution(tf.cast(outputs, tf.float64))
-        log_prob = wide.log_prob(tf.cast(targets, tf.float64))
-        return tensors.cast_like(log_prob, outputs)
 
     def targets_in_support(
         self, outputs: tf.Tensor, targets: tf.Tensor

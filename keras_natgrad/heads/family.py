@@ -91,6 +91,10 @@ class Family(Head):
     parameters: ClassVar[tuple[Parameter, ...]]
     #: A key of `TARGETS`.
     target_support: ClassVar[str] = "real"
+    #: Whether log-probabilities are computed in float64 and then rounded: for
+    #: differences of log Γ at large arguments, or of logarithms in units of a
+    #: small scale, which float32 has no digits for.
+    in_float64: ClassVar[bool] = False
 
     def __init__(self, **settings: Any) -> None:
         self._fixed: dict[str, float] = {}
@@ -176,9 +180,11 @@ class Family(Head):
     def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Computes the log-probability; see `Head.log_prob()`."""
         outputs = tensors.as_parameters(outputs)
-        targets = self._match(outputs, targets)
-        log_probs = self.unit_log_prob(self.values(outputs), targets)
-        return tf.reduce_sum(log_probs, axis=-1)
+        precise = tf.cast(outputs, tf.float64) if self.in_float64 else outputs
+        log_probs = self.unit_log_prob(
+            self.values(precise), self._match(precise, targets)
+        )
+        return tensors.cast_like(tf.reduce_sum(log_probs, axis=-1), outputs)
 
     def sample(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Draws one target per unit; see `Head.sample()`.

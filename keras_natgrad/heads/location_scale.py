@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad.heads.family import Family, Information, Parameter
-from keras_natgrad.heads.normal import normal_information
+from keras_natgrad.heads.normal import normal_information, normal_log_prob
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import (
     EULER_GAMMA,
@@ -59,6 +59,14 @@ class LogNormal(LocationScale):
 
     distribution_name = "LogNormal"
     target_support = "positive"
+    in_float64 = True
+
+    def unit_log_prob(
+        self, values: dict[str, tf.Tensor], targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the log-density of each unit."""
+        log = tf.math.log(targets)
+        return normal_log_prob(log - values["loc"], values["scale"]) - log
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -82,6 +90,15 @@ class LogitNormal(LocationScale):
 
     distribution_name = "LogitNormal"
     target_support = "unit"
+    in_float64 = True
+
+    def unit_log_prob(
+        self, values: dict[str, tf.Tensor], targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the log-density of each unit."""
+        log, log_rest = tf.math.log(targets), tf.math.log1p(-targets)
+        residual = log - log_rest - values["loc"]
+        return normal_log_prob(residual, values["scale"]) - log - log_rest
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -223,6 +240,7 @@ class StudentT(Family):
         Parameter("scale", "positive"),
         Parameter("df", "positive"),
     )
+    in_float64 = True
 
     def __init__(
         self, scale: float | str | Any = "softplus", df: float | str | Any = 4.0

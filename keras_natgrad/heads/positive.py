@@ -67,6 +67,7 @@ class Gamma(Family):
         Parameter("concentration", "positive"),
     )
     target_support = "positive"
+    in_float64 = True
 
     def __init__(
         self,
@@ -108,6 +109,7 @@ class InverseGamma(Family):
         Parameter("concentration", "positive"),
     )
     target_support = "positive"
+    in_float64 = True
 
     def __init__(
         self,
