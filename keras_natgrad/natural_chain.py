@@ -346,7 +346,8 @@ def _like(name: str, value: Any, other: tf.Tensor) -> tf.Tensor:
 
 
 def _check_damping(damping: float) -> None:
-    if isinstance(damping, bool) or not 0 <= damping < math.inf:
+    real = isinstance(damping, (int, float, np.number))
+    if isinstance(damping, bool) or not real or not 0 <= damping < math.inf:
         raise ValueError(
             f"`damping` must be non-negative. Received: damping={damping!r}"
         )

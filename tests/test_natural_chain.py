@@ -407,6 +407,10 @@ BAD = {
         lambda: natural_chain.elementwise(VECTOR, VECTOR, float("nan")),
         "Received: damping=nan",
     ),
+    "damping that is a text": (
+        lambda: natural_chain.elementwise(VECTOR, VECTOR, "x"),
+        "Received: damping='x'",
+    ),
     "integers": (
         lambda: natural_chain.elementwise(np.ones(2, int), VECTOR),
         "Received: derivative.dtype='int64'",

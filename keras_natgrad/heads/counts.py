@@ -8,12 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.heads.family import (
-    Family,
-    Information,
-    Parameter,
-    check_count,
-)
+from keras_natgrad.heads.checks import check_count
+from keras_natgrad.heads.family import Family, Information, Parameter
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import dispersion_information, zero_truncation
 
@@ -273,8 +269,8 @@ class Binomial(Family):
             `"sigmoid"`.
 
     Raises:
-        ValueError: If `total_count` is not positive, or `probs` is neither a
-            number between 0 and 1 nor a link.
+        ValueError: If `total_count` is no positive integer, or `probs` is
+            neither a number between 0 and 1 nor a link.
     """
 
     parameters = (Parameter("probs", "unit"),)

@@ -11,10 +11,11 @@ import tensorflow as tf
 
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.family import check_count, clip_inside
+from keras_natgrad.heads.checks import check_count
 from keras_natgrad.heads.links import get_link, link_config
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import trigamma_excess
+from keras_natgrad.heads.targets import clip_inside
 
 
 class _DownDate(NamedTuple):
@@ -198,11 +199,6 @@ class DirichletMultinomial(_Concentrations):
     ) -> None:
         super().__init__(concentration)
         self.total_count = check_count(total_count)
-        if self.total_count != int(self.total_count):
-            raise ValueError(
-                "`total_count` must be an integer. "
-                f"Received: total_count={total_count!r}"
-            )
 
     def distribution(self, outputs: tf.Tensor) -> Any:
         """Builds the `DirichletMultinomial` distribution."""

@@ -12,8 +12,10 @@ import tensorflow as tf
 
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.links import get_link, link_config
+from keras_natgrad.heads.checks import check_fixed, check_probability
+from keras_natgrad.heads.links import Identity, get_link, link_config
 from keras_natgrad.heads.probability import distributions
+from keras_natgrad.heads.targets import TARGETS, clip_inside
 
 
 class Parameter(NamedTuple):
@@ -103,7 +105,7 @@ class Family(Head):
             setting = settings.pop(name, "identity")
             number = isinstance(setting, (int, float, np.number))
             if number and not isinstance(setting, bool):
-                self._fixed[name] = _check_fixed(name, setting, support)
+                self._fixed[name] = check_fixed(name, setting, support)
             else:
                 self._links[name] = get_link(setting, name, support)
         assert not settings, settings
@@ -206,9 +208,11 @@ class Family(Head):
             Tensor `[..., D]`.
 
         Raises:
+            ValueError: If `probability` is not between 0 and 1.
             NotImplementedError: If TensorFlow Probability knows no quantile
                 of this distribution.
         """
+        check_probability(probability)
         values = self.values(outputs)
         return self.units(values).quantile(
             tf.constant(probability, next(iter(values.values())).dtype)
@@ -348,8 +352,12 @@ class Family(Head):
             if name in self._fixed
             else link_config(self._links[name])
             for name, support in self.parameters
-            if support != "real" or name in self._fixed
+            if name in self._fixed or not self._is_default(name, support)
         }
+
+    def _is_default(self, name: str, support: str) -> bool:
+        """Tells whether a link is that of real parameters by default."""
+        return support == "real" and self._links[name] == Identity(support)
 
 
 class _Factor(NamedTuple):
@@ -364,95 +372,3 @@ class _Factor(NamedTuple):
     roots: list[tf.Tensor]
     below: tf.Tensor | None
     slopes: list[tf.Tensor]
-
-
-class TargetSupport(NamedTuple):
-    """What targets a family accepts.
-
-    Attributes:
-        description: Completes "The targets must be ...".
-        contains: Function from targets to booleans.
-        ends: The ends of the open interval that contains them.
-    """
-
-    description: str
-    contains: Any
-    ends: tuple[float, float] = (-math.inf, math.inf)
-
-
-def _is_count(y: tf.Tensor) -> tf.Tensor:
-    return tf.math.is_finite(y) & (y >= 0) & tf.equal(y, tf.floor(y))
-
-
-TARGETS = {
-    "real": TargetSupport(
-        "finite numbers; remove or mask missing values", tf.math.is_finite
-    ),
-    "positive": TargetSupport(
-        "positive finite numbers; shift or clip zeros",
-        lambda y: tf.math.is_finite(y) & (y > 0),
-        (0.0, math.inf),
-    ),
-    "nonnegative": TargetSupport(
-        "non-negative finite numbers",
-        lambda y: tf.math.is_finite(y) & (y >= 0),
-    ),
-    "above_minus_one": TargetSupport(
-        "finite numbers above −1",
-        lambda y: tf.math.is_finite(y) & (y > -1),
-        (-1.0, math.inf),
-    ),
-    "unit": TargetSupport(
-        "numbers strictly between 0 and 1; shrink 0 and 1 inwards",
-        lambda y: (y > 0) & (y < 1),
-        (0.0, 1.0),
-    ),
-    "count": TargetSupport("non-negative integers", _is_count),
-}
-
-
-def clip_inside(draws: tf.Tensor, target_support: str) -> tf.Tensor:
-    """Clips draws to the floating-point numbers inside of a support.
-
-    Args:
-        draws: Tensor.
-        target_support: A key of `TARGETS`.
-
-    Returns:
-        Tensor of the same shape and dtype.
-    """
-    dtype = draws.dtype.as_numpy_dtype
-    low, high = (dtype(end) for end in TARGETS[target_support].ends)
-    # Next to zero the smallest number that processors do not flush to zero.
-    least = np.finfo(dtype).tiny if low == 0 else np.nextafter(low, high)
-    return tf.clip_by_value(draws, least, np.nextafter(high, low))
-
-
-def _check_fixed(name: str, number: Any, support: str) -> float:
-    number = float(number)
-    good = {
-        "real": math.isfinite(number),
-        "positive": 0.0 < number < math.inf,
-        "unit": 0.0 < number < 1.0,
-    }[support]
-    if not good:
-        what = {
-            "real": "a finite number, such as 0.0",
-            "positive": "a positive, finite number, such as 1.0",
-            "unit": "a number between 0 and 1, such as 0.5",
-        }[support]
-        raise ValueError(
-            f"`{name}` must be {what}, or the name of a link. "
-            f"Received: {name}={number}"
-        )
-    return number
-
-
-def check_count(total_count: Any) -> float:
-    """Returns a fixed number of trials or draws, else raises ValueError."""
-    if isinstance(total_count, bool) or not total_count >= 1:
-        raise ValueError(
-            "`total_count` must be a positive number of draws or trials, such "
-            f"as 10. Received: total_count={total_count!r}"
-        )
-    return float(total_count)

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
+from keras_natgrad.heads.checks import check_integer
 from keras_natgrad.heads.probe import Inspection, finite_support, inspect
 
 #: The ways to find a Fisher matrix, in the order in which they are tried.
@@ -81,19 +82,12 @@ class Distribution(Head):
                 f"`method` must be 'auto' or one of {METHODS}. "
                 f"Received: method={method!r}"
             )
-        for name, number in (
-            ("samples", samples),
-            ("parameter_count", parameter_count or 1),
-        ):
-            if isinstance(number, bool) or not number >= 1:
-                raise ValueError(
-                    f"`{name}` must be a positive integer. "
-                    f"Received: {name}={number!r}"
-                )
+        if parameter_count is not None:
+            parameter_count = check_integer("parameter_count", parameter_count)
         self.make = make
         self.parameter_count = parameter_count
         self.method = method
-        self.samples = samples
+        self.samples = check_integer("samples", samples)
         self._inspected: dict[int, Inspection] = {}
 
     # -- Distribution ----------------------------------------------------
@@ -297,7 +291,10 @@ class Distribution(Head):
         Raises:
             ValueError: If `make` is not registered with Keras.
         """
-        name = keras.saving.get_registered_name(self.make)
+        try:
+            name = keras.saving.get_registered_name(self.make)
+        except AttributeError:  # A `functools.partial` has no name.
+            name = None
         if keras.saving.get_registered_object(name) is not self.make:
             raise ValueError(
                 f"This head is made by {self._name()!r}, which is not "

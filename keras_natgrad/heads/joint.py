@@ -157,6 +157,16 @@ class Joint(Head):
             "sizes": self.sizes,
         }
 
+    def __eq__(self, other: object) -> bool:
+        # Not by the configuration, which not all heads have.
+        if type(self) is not type(other):
+            return NotImplemented
+        assert isinstance(other, Joint)
+        return self.heads == other.heads and self.sizes == other.sizes
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self.heads, *self.sizes))
+
     def __repr__(self) -> str:
         return f"Joint(heads={self.heads!r}, sizes={self.sizes!r})"
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_natgrad.heads import tensors
@@ -146,15 +148,16 @@ class Softplus(Link):
             likelihood of a scale that shrinks to zero. Defaults to `1e-6`.
 
     Raises:
-        ValueError: If `floor` is negative.
+        ValueError: If `floor` is negative or infinite.
     """
 
     supports = ("positive",)
 
     def __init__(self, floor: float = 1e-6) -> None:
-        if not floor >= 0:
+        real = isinstance(floor, (int, float, np.number))
+        if isinstance(floor, bool) or not real or not 0 <= floor < math.inf:
             raise ValueError(
-                "`floor` must be a non-negative number, such as 1e-6. "
+                "`floor` must be a non-negative, finite number, such as 1e-6. "
                 f"Received: floor={floor!r}"
             )
         self.floor = float(floor)

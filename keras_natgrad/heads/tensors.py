@@ -8,14 +8,25 @@ def as_parameters(outputs: tf.Tensor) -> tf.Tensor:
     """Converts model outputs to the dtype that a head computes in.
 
     float64 stays float64; half-precision outputs are computed in float32.
+    Integers, e.g. of a list, get the float type of Keras.
 
     Args:
-        outputs: Floating-point tensor or array.
+        outputs: Tensor or array of real numbers.
 
     Returns:
         `outputs` as a tensor of dtype float32 or float64.
+
+    Raises:
+        ValueError: If the outputs are no real numbers.
     """
     outputs = tf.convert_to_tensor(outputs)
+    if outputs.dtype.is_integer:
+        outputs = tf.cast(outputs, keras.config.floatx())
+    if not outputs.dtype.is_floating:
+        raise ValueError(
+            "The outputs of a model must be real numbers; cast them to "
+            f"'float32'. Received: outputs.dtype={outputs.dtype.name!r}"
+        )
     if outputs.dtype in (tf.float16, tf.bfloat16):
         return tf.cast(outputs, tf.float32)
     return outputs
