@@ -152,8 +152,12 @@ class Head(abc.ABC):
 
         Returns:
             Tensor shaped like the targets.
+
+        Raises:
+            NotImplementedError: If it has no closed form that TensorFlow
+                Probability knows.
         """
-        return self.distribution(tensors.as_parameters(outputs)).mean()
+        return self._predict("mean", outputs)
 
     def stddev(self, outputs: tf.Tensor) -> tf.Tensor:
         """Returns the standard deviation of the targets.
@@ -163,8 +167,21 @@ class Head(abc.ABC):
 
         Returns:
             Tensor shaped like the targets.
+
+        Raises:
+            NotImplementedError: As `mean()`.
         """
-        return self.distribution(tensors.as_parameters(outputs)).stddev()
+        return self._predict("stddev", outputs)
+
+    def _predict(self, name: str, outputs: tf.Tensor) -> tf.Tensor:
+        distribution = self.distribution(tensors.as_parameters(outputs))
+        try:
+            return getattr(distribution, name)()
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"TensorFlow Probability knows no {name} of the head {self!r}. "
+                "Estimate it from draws of head.sample()."
+            ) from error
 
     def score(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Computes the score, the gradient of `log_prob()` in the outputs.

@@ -214,9 +214,14 @@ class Family(Head):
         """
         check_probability(probability)
         values = self.values(outputs)
-        return self.units(values).quantile(
-            tf.constant(probability, next(iter(values.values())).dtype)
-        )
+        level = tf.constant(probability, next(iter(values.values())).dtype)
+        try:
+            return self.units(values).quantile(level)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"TensorFlow Probability knows no quantile of the head {self!r}"
+                ". Estimate it from draws of head.sample()."
+            ) from error
 
     def cdf(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Returns the probability of at most the targets, unit by unit.

@@ -80,6 +80,14 @@ class Joint(Head):
             axis=-1,
         )
 
+    def mean(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the heads' means side by side; see `Head.mean()`."""
+        return self._side_by_side(outputs, lambda head, x: head.mean(x))
+
+    def stddev(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the heads' deviations side by side; see `Head.stddev()`."""
+        return self._side_by_side(outputs, lambda head, x: head.stddev(x))
+
     # -- Fisher ----------------------------------------------------------
 
     def factor_rank(self, parameter_count: int) -> int:
@@ -211,6 +219,21 @@ class Joint(Head):
                 places.append(event[-1] if event.rank else None)
             self._places = places
         return self._places
+
+    def _side_by_side(
+        self,
+        outputs: tf.Tensor,
+        function: Callable[[Head, tf.Tensor], tf.Tensor],
+    ) -> tf.Tensor:
+        """Applies a function to each head, with a result like its targets."""
+        outputs = tensors.as_parameters(outputs)
+        results = []
+        for (head, part), place in zip(
+            self._parts(outputs), self._target_sizes(), strict=True
+        ):
+            result = tensors.cast_like(function(head, part), outputs)
+            results.append(result[..., tf.newaxis] if place is None else result)
+        return tf.concat(results, axis=-1)
 
     def _with_targets(
         self,

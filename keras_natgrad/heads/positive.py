@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -123,6 +124,16 @@ class InverseGamma(Family):
         return distributions().InverseGamma(
             values["concentration"], scale=values["scale"]
         )
+
+    def mean(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the mean, infinite for concentrations up to 1."""
+        alpha = self.values(outputs)["concentration"]
+        return tf.where(alpha > 1.0, super().mean(outputs), math.inf)
+
+    def stddev(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the deviation, infinite for concentrations up to 2."""
+        alpha = self.values(outputs)["concentration"]
+        return tf.where(alpha > 2.0, super().stddev(outputs), math.inf)
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
