@@ -7,7 +7,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad import heads
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture import Taps, make_plan, match_layers
 from keras_natgrad.curvature import (
@@ -22,7 +21,7 @@ from keras_natgrad.training.terms import mean_terms
 def fisher(
     model: keras.Model,
     x: Any,
-    head: heads.Head,
+    head: Any,
     approximation: Any = "kronecker",
     kind: str = "exact",
     layer: str | None = None,
@@ -39,14 +38,16 @@ def fisher(
     Args:
         model: A built `keras.Model`.
         x: Inputs of one batch.
-        head: The `keras_natgrad.heads.Head` that reads the outputs.
+        head: The `keras_natgrad.heads.Head` that reads the outputs, or what
+            `heads.get()` accepts, such as its name; a list or dictionary of
+            them for a model with several outputs.
         approximation: Block name: `"kronecker"` (or `"kfac"`), `"ekfac"`,
             `"diagonal"`, `"full"`, or a registered one; or a dictionary of
             patterns and names, as the `block` of `KFAC`.
         kind: How the Fisher is estimated: `"exact"`, `"propagated"` or
             `"sampled"`.
         layer: Path (or last part of it) of one layer, to return its operator
-            only.
+            only; not together with `combine`.
         combine: Whether to return one block-diagonal operator of all layers,
             in the order of the dictionary, instead of a dictionary.
         weight_sharing: `"expand"` or `"reduce"`.
@@ -59,7 +60,8 @@ def fisher(
         variable path.
 
     Raises:
-        ValueError: If a name is unknown or the head does not fit.
+        ValueError: If a name is unknown, the head does not fit, or both
+            `layer` and `combine` are given.
 
     Example:
 
@@ -73,6 +75,12 @@ def fisher(
             "`kind` must be 'exact', 'propagated' or 'sampled'; the "
             "empirical Fisher needs targets. "
             f"Received: kind={kind!r}"
+        )
+    if layer is not None and combine:
+        raise ValueError(
+            "`layer` returns the operator of one layer, `combine` that of all: "
+            "leave one of them out. "
+            f"Received: layer={layer!r}, combine={combine!r}"
         )
     if not model.built:
         raise ValueError(

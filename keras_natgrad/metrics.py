@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_natgrad import heads
+from keras_natgrad.heads.checks import check_integer
 
 __all__ = ["CalibrationError", "NegativeLogLikelihood"]
 
@@ -53,6 +54,8 @@ class NegativeLogLikelihood(keras.metrics.Mean):
             y_pred: Outputs of the model, `[..., K]`.
             sample_weight: Weights, broadcastable to `[...]`.
         """
+        y_pred = tf.convert_to_tensor(y_pred)
+        self.head.validate(y_pred.shape)
         values = -self.head.log_prob(y_pred, y_true)
         super().update_state(values, sample_weight)
 
@@ -71,14 +74,16 @@ class CalibrationError(keras.metrics.Metric):
     spaced levels: 0 where the model is calibrated, at most ½.
 
     Args:
-        head: A `keras_natgrad.heads.Family` of continuous targets.
+        head: A head of continuous targets with a distribution function: a
+            `keras_natgrad.heads.Family` or `NormalMixture`.
         levels: Number of levels between 0 and 1. Defaults to `19`.
         name: Name of the metric.
         dtype: Dtype of the metric's result.
 
     Raises:
         ValueError: If the head gives no distribution function of real targets,
-            or `levels` is not positive.
+            or `levels` is no positive integer; when called, if the number of
+            outputs does not fit the head.
 
     References:
         - Kuleshov, Fenner & Ermon, 2018, arXiv:1807.00263.
@@ -92,23 +97,16 @@ class CalibrationError(keras.metrics.Metric):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, dtype=dtype)
-        family = heads.get(head)
-        if (
-            not isinstance(family, heads.Family)
-            or family.target_support == "count"
-        ):
+        self.head: Any = heads.get(head)
+        counts = getattr(self.head, "target_support", None) == "count"
+        if counts or not hasattr(self.head, "cdf"):
             raise ValueError(
-                "`CalibrationError` needs a keras_natgrad.heads.Family of "
-                f"continuous targets. Received: head={family!r}"
+                "`CalibrationError` needs a head of continuous targets with a "
+                "distribution function, a keras_natgrad.heads.Family or "
+                f"NormalMixture. Received: head={self.head!r}"
             )
-        self.head = family
-        if isinstance(levels, bool) or not levels >= 1:
-            raise ValueError(
-                "`levels` must be a positive integer. "
-                f"Received: levels={levels!r}"
-            )
-        self.levels = levels
-        self._below = self.add_variable((levels,), "zeros", name="below")
+        self.levels = check_integer("levels", levels)
+        self._below = self.add_variable((self.levels,), "zeros", name="below")
         self._total = self.add_variable((), "zeros", name="total")
         self._direction = "down"
 
@@ -122,14 +120,19 @@ class CalibrationError(keras.metrics.Metric):
             y_pred: Outputs of the model, `[..., K]`.
             sample_weight: Weights, `[...]`.
         """
-        below = self.head.cdf(tf.convert_to_tensor(y_pred), y_true)
+        y_pred = tf.convert_to_tensor(y_pred)
+        self.head.validate(y_pred.shape)
+        below = self.head.cdf(y_pred, y_true)
+        if below.shape.rank < y_pred.shape.rank:  # One target per example.
+            below = below[..., tf.newaxis]
         weights = tf.ones_like(below)
         if sample_weight is not None:
             sample_weight = tf.cast(sample_weight, below.dtype)
             weights *= tf.reshape(
                 sample_weight, tf.concat([tf.shape(below)[:-1], [1]], 0)
             )
-        inside = tf.cast(below[..., tf.newaxis] <= self._levels(), below.dtype)
+        levels = self._levels(below.dtype)
+        inside = tf.cast(below[..., tf.newaxis] <= levels, below.dtype)
         count = tf.linalg.matvec(
             tf.reshape(inside, [-1, self.levels]),
             tf.reshape(weights, [-1]),
@@ -145,7 +148,7 @@ class CalibrationError(keras.metrics.Metric):
         share = tf.math.divide_no_nan(
             tf.convert_to_tensor(self._below), tf.convert_to_tensor(self._total)
         )
-        error = tf.reduce_mean(tf.abs(share - self._levels()))
+        error = tf.reduce_mean(tf.abs(share - self._levels(share.dtype)))
         seen = tf.convert_to_tensor(self._total) > 0
         return tf.where(seen, error, tf.zeros_like(error))
 
@@ -158,7 +161,7 @@ class CalibrationError(keras.metrics.Metric):
             "dtype": self.dtype,
         }
 
-    def _levels(self) -> tf.Tensor:
+    def _levels(self, dtype: tf.DType) -> tf.Tensor:
         return tf.constant(
-            np.arange(1, self.levels + 1) / (self.levels + 1), tf.float32
+            np.arange(1, self.levels + 1) / (self.levels + 1), dtype
         )

@@ -50,8 +50,9 @@ def right_inverse(
     λ → 0: the smallest change that makes `n_y`, and where no change does, that
     of the least squared error.
 
-    Cost: `m² n` for m outputs, n operands. Without damping by a singular value
-    decomposition, else by Cholesky. Compiles under XLA; on CPUs XLA's
+    Cost: `m n min(m, n)` for m outputs, n operands, by a singular value
+    decomposition: `J Jᵀ` would lose directions whose singular value is below
+    `√ε` of the largest, damped or not. Compiles under XLA; on CPUs XLA's
     decomposition is accurate to about 1e-7 only, also in float64.
 
     Args:
@@ -87,13 +88,20 @@ def right_inverse(
             f"shape [..., m]. Received: jacobian.shape={jacobian.shape}, "
             f"increment.shape={increment.shape}"
         )
-    if damping == 0:
-        return tf.linalg.matvec(tf.linalg.pinv(jacobian), increment)
-    # `AᵀB (BAᵀ + λI)⁻¹ = (AᵀB + λI)⁻¹ Aᵀ`: the smaller side is factorised.
-    solution = tf.linalg.lstsq(
-        jacobian, increment[..., tf.newaxis], l2_regularizer=damping
-    )
-    return solution[..., 0]
+    values, u, v = tf.linalg.svd(jacobian)
+    # σ / (σ² + λ) in units of the larger of σ_max and √λ, so that no square
+    # overflows. As in `tf.linalg.pinv`, what is rounding counts as zero.
+    root = tf.constant(math.sqrt(damping), values.dtype)
+    largest = tf.reduce_max(values, axis=-1, keepdims=True)
+    unit = tf.maximum(largest, root)
+    scaled = tf.math.divide_no_nan(values, unit)
+    bend = tf.square(scaled) + tf.square(tf.math.divide_no_nan(root, unit))
+    sides = tf.cast(tf.reduce_max(tf.shape(jacobian)[-2:]), values.dtype)
+    rounding = 10.0 * np.finfo(values.dtype.as_numpy_dtype).eps * sides
+    tolerance = tf.square(rounding * tf.math.divide_no_nan(largest, unit))
+    inside = tf.linalg.matvec(u, increment, transpose_a=True)
+    change = _divide(scaled * inside, bend, tolerance)
+    return tf.linalg.matvec(v, tf.math.divide_no_nan(change, unit))
 
 
 def product(
@@ -128,9 +136,8 @@ def product(
     a = _floating("a", a)
     b, increment = _like("b", b, a), _like("increment", increment, a)
     _check_same_shape(a=a, b=b, increment=increment)
-    bend = tf.square(a) + tf.square(b) + damping
-    share = tf.math.divide_no_nan(increment, bend)
-    return b * share, a * share
+    n_b, n_a = _smallest_change((a, b), increment, damping)
+    return n_a, n_b
 
 
 def elementwise(
@@ -164,9 +171,28 @@ def elementwise(
     derivative = _floating("derivative", derivative)
     increment = _like("increment", increment, derivative)
     _check_same_shape(derivative=derivative, increment=increment)
-    return tf.math.divide_no_nan(
-        derivative * increment, tf.square(derivative) + damping
-    )
+    return _smallest_change((derivative,), increment, damping)[0]
+
+
+def _smallest_change(
+    slopes: tuple[tf.Tensor, ...], increment: tf.Tensor, damping: float
+) -> list[tf.Tensor]:
+    """Returns `s n / (Σ s² + λ)` for each of the slopes, elementwise.
+
+    In units of the largest of |s| and √λ, so that no square overflows or
+    vanishes.
+    """
+    divide = tf.math.divide_no_nan
+    root = tf.constant(math.sqrt(damping), increment.dtype)
+    unit = root
+    for slope in slopes:
+        unit = tf.maximum(unit, tf.abs(slope))
+    scaled = [divide(slope, unit) for slope in slopes]
+    bend = tf.square(divide(root, unit))
+    for slope in scaled:
+        bend += tf.square(slope)
+    share = divide(divide(increment, unit), bend)
+    return [slope * share for slope in scaled]
 
 
 class DenseIncrement(NamedTuple):
@@ -320,7 +346,8 @@ def _like(name: str, value: Any, other: tf.Tensor) -> tf.Tensor:
 
 
 def _check_damping(damping: float) -> None:
-    if isinstance(damping, bool) or not 0 <= damping < math.inf:
+    real = isinstance(damping, (int, float, np.number))
+    if isinstance(damping, bool) or not real or not 0 <= damping < math.inf:
         raise ValueError(
             f"`damping` must be non-negative. Received: damping={damping!r}"
         )

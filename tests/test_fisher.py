@@ -207,6 +207,8 @@ def test_errors(model):
         kng.fisher(model, X, head, "dense")
     with pytest.raises(ValueError, match="`layer` must name one layer"):
         kng.fisher(model, X, head, layer="none")
+    with pytest.raises(ValueError, match="leave one of them out. Received"):
+        kng.fisher(model, X, head, layer="dense", combine=True)
     with pytest.raises(ValueError, match="has no weights yet"):
         kng.fisher(keras.Sequential([keras.layers.Dense(2)]), X, head)
     with pytest.raises(ValueError, match="one output per class"):

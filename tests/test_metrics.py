@@ -85,6 +85,11 @@ def test_in_compiled_training_and_saving(tmp_path):
         (lambda: metrics.CalibrationError(heads.Poisson()), "continuous"),
         (lambda: metrics.CalibrationError("categorical"), "continuous"),
         (lambda: metrics.CalibrationError(HEAD, levels=0), "`levels` must be"),
+        (
+            lambda: metrics.CalibrationError(HEAD, levels=2.5),
+            "Received: levels=2.5",
+        ),
+        (lambda: metrics.CalibrationError(heads.Dirichlet()), "continuous"),
     ],
 )
 def test_bad_arguments(call, message):
@@ -99,3 +104,36 @@ def test_distribution_function():
         stats.norm.cdf(targets[:, 0], outputs[:, 0], np.exp(outputs[:, 1])),
         rtol=1e-4,
     )
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_calibration_error_of_float64_outputs(dtype):
+    outputs, targets = data(300)
+    plain = metrics.CalibrationError(HEAD)
+    plain.update_state(targets, outputs)
+    wide = metrics.CalibrationError(HEAD, dtype=dtype)
+    wide.update_state(targets.astype(float), outputs.astype(float))
+    np.testing.assert_allclose(wide.result(), plain.result(), rtol=1e-5)
+
+
+def test_calibration_error_of_a_mixture():
+    """Of two equal components, which is their normal."""
+    outputs, targets = data(300)
+    loc, raw = outputs[:, :1], outputs[:, 1:]
+    mixture = heads.NormalMixture(2, "exp")
+    both = np.hstack([0 * loc, 0 * loc, loc, loc, raw, raw])
+    weight = np.random.default_rng(2).uniform(size=300)
+    found = metrics.CalibrationError(mixture)
+    found.update_state(targets, both, weight)
+    expected = metrics.CalibrationError(HEAD)
+    expected.update_state(targets, outputs, weight)
+    np.testing.assert_allclose(found.result(), expected.result(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "metric", [metrics.CalibrationError, metrics.NegativeLogLikelihood]
+)
+def test_wrong_number_of_outputs(metric):
+    outputs, targets = np.zeros([4, 3], "float32"), np.zeros([4, 1], "float32")
+    with pytest.raises(ValueError, match="takes 2 outputs per unit"):
+        metric(HEAD).update_state(targets, outputs)

@@ -51,6 +51,51 @@ def test_damped_right_inverse_is_its_formula(rng, shape):
     np.testing.assert_allclose(found, expected[..., 0], **EXACT)
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-9, 1e-3, 1e3])
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_right_inverse_keeps_small_directions_in_float32(rng, shape, damping):
+    """Singular values 1, 1e-3 and 1e-5, against float64."""
+    u = np.linalg.qr(rng.normal(size=(shape[0], 3)))[0]
+    v = np.linalg.qr(rng.normal(size=(shape[1], 3)))[0]
+    values = np.array([1.0, 1e-3, 1e-5])
+    jacobian = np.float32((u * values) @ v.T)
+    n = np.float32(u @ values)
+    # float32 rounds the small directions of the matrix as well: from it.
+    u, values, vt = np.linalg.svd(jacobian.astype(float), full_matrices=False)
+    expected = vt.T @ (values / (values**2 + damping) * (u.T @ n))
+    found = natural_chain.right_inverse(jacobian, n, damping)
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, atol=0.05 * size)
+
+
+def test_right_inverse_of_sizes_whose_squares_are_no_numbers():
+    jacobian = np.diag(np.float32([1e-23, 1e-24]))
+    found = natural_chain.right_inverse(jacobian, np.float32([1e-23, 1e-23]))
+    np.testing.assert_allclose(found, [1.0, 10.0], rtol=1e-5)
+    found = natural_chain.right_inverse(
+        np.diag(np.float32([1e25, 1e24])), np.float32([1e25, 1e25]), 1.0
+    )
+    np.testing.assert_allclose(found, [1.0, 10.0], rtol=1e-5)
+    nothing = natural_chain.right_inverse(np.zeros([2, 3]), np.ones(2))
+    np.testing.assert_array_equal(nothing, np.zeros(3))
+
+
+def test_elementwise_of_sizes_whose_squares_are_no_numbers():
+    slope = np.float32([1e-23, 1e20, 0.0, 1e-23])
+    n = np.float32([1e-23, 1e20, 1.0, 0.0])
+    found = natural_chain.elementwise(slope, n)
+    np.testing.assert_allclose(found, [1.0, 1.0, 0.0, 0.0], rtol=1e-6)
+    damped = natural_chain.elementwise(slope, n, damping=1.0)
+    np.testing.assert_allclose(damped, [0.0, 1.0, 0.0, 0.0], rtol=1e-6)
+
+
+def test_product_of_sizes_whose_squares_are_no_numbers():
+    a, b, n = np.float32([[1e20, 1e-23], [1.0, 1e-23], [1e20, 1e-23]])
+    n_a, n_b = natural_chain.product(a, b, n)
+    np.testing.assert_allclose(n_a, [1e-20, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(n_b, [1.0, 0.5], rtol=1e-6)
+
+
 @pytest.mark.parametrize("damping", [0.0, 0.2])
 def test_product_rule(rng, damping):
     a, b, n = rng.normal(size=(3, 5))
@@ -361,6 +406,10 @@ BAD = {
     "damping that is no number": (
         lambda: natural_chain.elementwise(VECTOR, VECTOR, float("nan")),
         "Received: damping=nan",
+    ),
+    "damping that is a text": (
+        lambda: natural_chain.elementwise(VECTOR, VECTOR, "x"),
+        "Received: damping='x'",
     ),
     "integers": (
         lambda: natural_chain.elementwise(np.ones(2, int), VECTOR),

@@ -141,7 +141,8 @@ class Head(abc.ABC):
         """
         outputs = tensors.as_parameters(outputs)
         seed = tf.cast(seed, tf.int32)
-        return self.distribution(outputs).sample(seed=seed)
+        draws = self.distribution(outputs).sample(seed=seed)
+        return tf.nest.map_structure(_forget, draws)
 
     def mean(self, outputs: tf.Tensor) -> tf.Tensor:
         """Returns the mean of the targets, e.g. of `model.predict(x)`.
@@ -151,8 +152,12 @@ class Head(abc.ABC):
 
         Returns:
             Tensor shaped like the targets.
+
+        Raises:
+            NotImplementedError: If it has no closed form that TensorFlow
+                Probability knows.
         """
-        return self.distribution(tensors.as_parameters(outputs)).mean()
+        return self._predict("mean", outputs)
 
     def stddev(self, outputs: tf.Tensor) -> tf.Tensor:
         """Returns the standard deviation of the targets.
@@ -162,8 +167,21 @@ class Head(abc.ABC):
 
         Returns:
             Tensor shaped like the targets.
+
+        Raises:
+            NotImplementedError: As `mean()`.
         """
-        return self.distribution(tensors.as_parameters(outputs)).stddev()
+        return self._predict("stddev", outputs)
+
+    def _predict(self, name: str, outputs: tf.Tensor) -> tf.Tensor:
+        distribution = self.distribution(tensors.as_parameters(outputs))
+        try:
+            return getattr(distribution, name)()
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"TensorFlow Probability knows no {name} of the head {self!r}. "
+                "Estimate it from draws of head.sample()."
+            ) from error
 
     def score(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Computes the score, the gradient of `log_prob()` in the outputs.
@@ -176,6 +194,7 @@ class Head(abc.ABC):
             Tensor of shape `[..., K]`.
         """
         outputs = tensors.as_parameters(outputs)
+        targets = tf.nest.map_structure(_forget, targets)
         with tf.GradientTape() as tape:
             tape.watch(outputs)
             log_prob = self.log_prob(outputs, targets)
@@ -332,3 +351,12 @@ class Head(abc.ABC):
             f"{name}={value!r}" for name, value in self.get_config().items()
         )
         return f"{type(self).__name__}({arguments})"
+
+
+def _forget(targets: tf.Tensor) -> tf.Tensor:
+    """Returns targets that TFP does not know the origin of.
+
+    Its bijectors remember which tensor a draw was made from and give that back
+    as the inverse, whatever the parameters: the score of a draw would be zero.
+    """
+    return tf.identity(targets)

@@ -136,8 +136,4 @@ class Bernoulli(Head):
 
     @staticmethod
     def _clip(probability: tf.Tensor) -> tf.Tensor:
-        epsilon = keras.config.epsilon()
-        clip = tf.grad_pass_through(
-            lambda value: tf.clip_by_value(value, epsilon, 1.0 - epsilon)
-        )
-        return clip(probability)
+        return tensors.clip_with_gradient(probability, highest=1.0)

@@ -37,6 +37,7 @@ class Beta(Family):
         Parameter("concentration0", "positive"),
     )
     target_support = "unit"
+    in_float64 = True
 
     def __init__(
         self,
@@ -55,7 +56,9 @@ class Beta(Family):
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
-        a, b = values["concentration1"], values["concentration0"]
+        # In float64, as the complement is small where a and b are far apart.
+        a = tf.cast(values["concentration1"], tf.float64)
+        b = tf.cast(values["concentration0"], tf.float64)
         total = a + b
         share_a, share_b = a / total, b / total
         h_a, h_b, h = (trigamma_excess(x) for x in (a, b, total))

@@ -8,13 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.heads import tensors
-from keras_natgrad.heads.family import (
-    Family,
-    Information,
-    Parameter,
-    check_count,
-)
+from keras_natgrad.heads.checks import check_count
+from keras_natgrad.heads.family import Family, Information, Parameter
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import dispersion_information, zero_truncation
 
@@ -35,6 +30,7 @@ class Poisson(Family):
 
     parameters = (Parameter("rate", "positive"),)
     target_support = "count"
+    in_float64 = True
 
     def __init__(self, rate: float | str | Any = "exp") -> None:
         super().__init__(rate=rate)
@@ -107,6 +103,7 @@ class NegativeBinomial(Family):
         Parameter("total_count", "positive"),
     )
     target_support = "count"
+    in_float64 = True
 
     def __init__(
         self,
@@ -162,6 +159,7 @@ class NegativeBinomialLogits(Family):
         Parameter("total_count", "positive"),
     )
     target_support = "count"
+    in_float64 = True
 
     def __init__(
         self,
@@ -213,6 +211,7 @@ class ZeroInflatedPoisson(Family):
         Parameter("rate", "positive"),
     )
     target_support = "count"
+    in_float64 = True
 
     def __init__(
         self,
@@ -230,19 +229,16 @@ class ZeroInflatedPoisson(Family):
             inflated_loc_probs=tf.sigmoid(values["probs"]),
         )
 
-    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Computes the log-probability; see `Head.log_prob()`."""
-        outputs = tensors.as_parameters(outputs)
-        targets = self._match(outputs, targets)
-        values = self.values(outputs)
+    def unit_log_prob(
+        self, values: dict[str, tf.Tensor], targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the log-probability of each unit."""
         extra = tf.math.log_sigmoid(values["probs"])
         kept = tf.math.log_sigmoid(-values["probs"])
         counts = distributions().Poisson(values["rate"]).log_prob(targets)
         # log(π + (1 − π) e^{−λ}) from logarithms.
         zero = extra + tf.nn.softplus(kept - values["rate"] - extra)
-        return tf.reduce_sum(
-            tf.where(tf.equal(targets, 0), zero, kept + counts), axis=-1
-        )
+        return tf.where(tf.equal(targets, 0), zero, kept + counts)
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -273,8 +269,8 @@ class Binomial(Family):
             `"sigmoid"`.
 
     Raises:
-        ValueError: If `total_count` is not positive, or `probs` is neither a
-            number between 0 and 1 nor a link.
+        ValueError: If `total_count` is no positive integer, or `probs` is
+            neither a number between 0 and 1 nor a link.
     """
 
     parameters = (Parameter("probs", "unit"),)

@@ -11,10 +11,11 @@ import tensorflow as tf
 
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.family import check_count
+from keras_natgrad.heads.checks import check_count
 from keras_natgrad.heads.links import get_link, link_config
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import trigamma_excess
+from keras_natgrad.heads.targets import clip_inside
 
 
 class _DownDate(NamedTuple):
@@ -48,14 +49,22 @@ class _Concentrations(Head):
     def _down_date(self, alpha: tf.Tensor, total: tf.Tensor) -> _DownDate:
         """Returns D and w from float64 concentrations and their sum."""
 
+    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        """Computes the log-probability; see `Head.log_prob()`."""
+        outputs = tensors.as_parameters(outputs)
+        targets = tensors.match_targets(outputs, targets)
+        # Differences of log Γ at large concentrations: in float64.
+        wide = self.distribution(tf.cast(outputs, tf.float64))
+        log_prob = wide.log_prob(tf.cast(targets, tf.float64))
+        return tensors.cast_like(log_prob, outputs)
+
     def fisher_factor_product(
         self, outputs: tf.Tensor, vector: tf.Tensor
     ) -> tf.Tensor:
         """Multiplies by the factor."""
         scale, w, share = self._factor(outputs)
         vector = tensors.cast_like(vector, w)
-        inner = tf.reduce_sum(w * vector, axis=-1, keepdims=True)
-        product = scale * (vector - share * w * inner)
+        product = scale * _shrink_along(w, share, vector)
         return tensors.cast_like(product, tensors.as_parameters(outputs))
 
     def fisher_factor_transpose_product(
@@ -64,8 +73,7 @@ class _Concentrations(Head):
         """Multiplies by the transposed factor."""
         scale, w, share = self._factor(outputs)
         vector = scale * tensors.cast_like(vector, w)
-        inner = tf.reduce_sum(w * vector, axis=-1, keepdims=True)
-        product = vector - share * w * inner
+        product = _shrink_along(w, share, vector)
         return tensors.cast_like(product, tensors.as_parameters(outputs))
 
     def validate(self, outputs_shape: Sequence[int | None]) -> None:
@@ -95,6 +103,14 @@ class _Concentrations(Head):
         return self._link.slope(outputs) * root, w, share
 
 
+def _shrink_along(
+    w: tf.Tensor, share: tf.Tensor, vector: tf.Tensor
+) -> tf.Tensor:
+    """Returns `(I − share · w wᵀ) v`."""
+    inner = tf.reduce_sum(w * vector, axis=-1, keepdims=True)
+    return vector - share * w * inner
+
+
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class Dirichlet(_Concentrations):
     """Dirichlet targets: shares that sum to one.
@@ -119,11 +135,10 @@ class Dirichlet(_Concentrations):
         outputs = tensors.as_parameters(outputs)
         return distributions().Dirichlet(self._link.value(outputs))
 
-    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Computes the log-density; see `Head.log_prob()`."""
-        outputs = tensors.as_parameters(outputs)
-        targets = tensors.match_targets(outputs, targets)
-        return self.distribution(outputs).log_prob(targets)
+    def sample(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Draws shares, none of which is rounded to zero."""
+        draws = super().sample(outputs, seed)
+        return clip_inside(draws, "positive")
 
     def targets_in_support(
         self, outputs: tf.Tensor, targets: tf.Tensor
@@ -184,26 +199,12 @@ class DirichletMultinomial(_Concentrations):
     ) -> None:
         super().__init__(concentration)
         self.total_count = check_count(total_count)
-        if self.total_count != int(self.total_count):
-            raise ValueError(
-                "`total_count` must be an integer. "
-                f"Received: total_count={total_count!r}"
-            )
 
     def distribution(self, outputs: tf.Tensor) -> Any:
         """Builds the `DirichletMultinomial` distribution."""
         alpha = self._link.value(tensors.as_parameters(outputs))
         count = tf.constant(self.total_count, alpha.dtype)
         return distributions().DirichletMultinomial(count, alpha)
-
-    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Computes the log-probability; see `Head.log_prob()`."""
-        outputs = tensors.as_parameters(outputs)
-        targets = tensors.match_targets(outputs, targets)
-        # Differences of log Γ at large concentrations: in float64.
-        wide = self.distribution(tf.cast(outputs, tf.float64))
-        log_prob = wide.log_prob(tf.cast(targets, tf.float64))
-        return tensors.cast_like(log_prob, outputs)
 
     def targets_in_support(
         self, outputs: tf.Tensor, targets: tf.Tensor

@@ -12,8 +12,10 @@ import tensorflow as tf
 
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.links import get_link, link_config
+from keras_natgrad.heads.checks import check_fixed, check_probability
+from keras_natgrad.heads.links import Identity, get_link, link_config
 from keras_natgrad.heads.probability import distributions
+from keras_natgrad.heads.targets import TARGETS, clip_inside
 
 
 class Parameter(NamedTuple):
@@ -91,6 +93,10 @@ class Family(Head):
     parameters: ClassVar[tuple[Parameter, ...]]
     #: A key of `TARGETS`.
     target_support: ClassVar[str] = "real"
+    #: Whether log-probabilities are computed in float64 and then rounded: for
+    #: differences of log Γ at large arguments, or of logarithms in units of a
+    #: small scale, which float32 has no digits for.
+    in_float64: ClassVar[bool] = False
 
     def __init__(self, **settings: Any) -> None:
         self._fixed: dict[str, float] = {}
@@ -99,7 +105,7 @@ class Family(Head):
             setting = settings.pop(name, "identity")
             number = isinstance(setting, (int, float, np.number))
             if number and not isinstance(setting, bool):
-                self._fixed[name] = _check_fixed(name, setting, support)
+                self._fixed[name] = check_fixed(name, setting, support)
             else:
                 self._links[name] = get_link(setting, name, support)
         assert not settings, settings
@@ -123,6 +129,19 @@ class Family(Head):
     @abc.abstractmethod
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in the coordinates."""
+
+    def unit_log_prob(
+        self, values: dict[str, tf.Tensor], targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the log-probability of each unit's target, `[..., D]`.
+
+        To be overridden where that of `units()` loses digits.
+
+        Args:
+            values: As for `units()`.
+            targets: Tensor `[..., D]`.
+        """
+        return self.units(values).log_prob(targets)
 
     # -- Parameters ------------------------------------------------------
 
@@ -163,9 +182,20 @@ class Family(Head):
     def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Computes the log-probability; see `Head.log_prob()`."""
         outputs = tensors.as_parameters(outputs)
-        targets = self._match(outputs, targets)
-        units = self.units(self.values(outputs))
-        return tf.reduce_sum(units.log_prob(targets), axis=-1)
+        precise = tf.cast(outputs, tf.float64) if self.in_float64 else outputs
+        log_probs = self.unit_log_prob(
+            self.values(precise), self._match(precise, targets)
+        )
+        return tensors.cast_like(tf.reduce_sum(log_probs, axis=-1), outputs)
+
+    def sample(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Draws one target per unit; see `Head.sample()`.
+
+        Draws are clipped to the numbers within the support: rounded to its
+        boundary, where many densities are infinite, they would have no score.
+        """
+        draws = super().sample(outputs, seed)
+        return clip_inside(draws, self.target_support)
 
     def quantile(self, outputs: tf.Tensor, probability: float) -> tf.Tensor:
         """Returns the value that targets stay below with a probability.
@@ -178,13 +208,20 @@ class Family(Head):
             Tensor `[..., D]`.
 
         Raises:
+            ValueError: If `probability` is not between 0 and 1.
             NotImplementedError: If TensorFlow Probability knows no quantile
                 of this distribution.
         """
+        check_probability(probability)
         values = self.values(outputs)
-        return self.units(values).quantile(
-            tf.constant(probability, next(iter(values.values())).dtype)
-        )
+        level = tf.constant(probability, next(iter(values.values())).dtype)
+        try:
+            return self.units(values).quantile(level)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"TensorFlow Probability knows no quantile of the head {self!r}"
+                ". Estimate it from draws of head.sample()."
+            ) from error
 
     def cdf(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Returns the probability of at most the targets, unit by unit.
@@ -320,8 +357,12 @@ class Family(Head):
             if name in self._fixed
             else link_config(self._links[name])
             for name, support in self.parameters
-            if support != "real" or name in self._fixed
+            if name in self._fixed or not self._is_default(name, support)
         }
+
+    def _is_default(self, name: str, support: str) -> bool:
+        """Tells whether a link is that of real parameters by default."""
+        return support == "real" and self._links[name] == Identity(support)
 
 
 class _Factor(NamedTuple):
@@ -336,73 +377,3 @@ class _Factor(NamedTuple):
     roots: list[tf.Tensor]
     below: tf.Tensor | None
     slopes: list[tf.Tensor]
-
-
-class TargetSupport(NamedTuple):
-    """What targets a family accepts.
-
-    Attributes:
-        description: Completes "The targets must be ...".
-        contains: Function from targets to booleans.
-    """
-
-    description: str
-    contains: Any
-
-
-def _is_count(y: tf.Tensor) -> tf.Tensor:
-    return tf.math.is_finite(y) & (y >= 0) & tf.equal(y, tf.floor(y))
-
-
-TARGETS = {
-    "real": TargetSupport(
-        "finite numbers; remove or mask missing values", tf.math.is_finite
-    ),
-    "positive": TargetSupport(
-        "positive finite numbers; shift or clip zeros",
-        lambda y: tf.math.is_finite(y) & (y > 0),
-    ),
-    "nonnegative": TargetSupport(
-        "non-negative finite numbers",
-        lambda y: tf.math.is_finite(y) & (y >= 0),
-    ),
-    "above_minus_one": TargetSupport(
-        "finite numbers above −1",
-        lambda y: tf.math.is_finite(y) & (y > -1),
-    ),
-    "unit": TargetSupport(
-        "numbers strictly between 0 and 1; shrink 0 and 1 inwards",
-        lambda y: (y > 0) & (y < 1),
-    ),
-    "count": TargetSupport("non-negative integers", _is_count),
-}
-
-
-def _check_fixed(name: str, number: Any, support: str) -> float:
-    number = float(number)
-    good = {
-        "real": math.isfinite(number),
-        "positive": 0.0 < number < math.inf,
-        "unit": 0.0 < number < 1.0,
-    }[support]
-    if not good:
-        what = {
-            "real": "a finite number, such as 0.0",
-            "positive": "a positive, finite number, such as 1.0",
-            "unit": "a number between 0 and 1, such as 0.5",
-        }[support]
-        raise ValueError(
-            f"`{name}` must be {what}, or the name of a link. "
-            f"Received: {name}={number}"
-        )
-    return number
-
-
-def check_count(total_count: Any) -> float:
-    """Returns a fixed number of trials or draws, else raises ValueError."""
-    if isinstance(total_count, bool) or not total_count >= 1:
-        raise ValueError(
-            "`total_count` must be a positive number of draws or trials, such "
-            f"as 10. Received: total_count={total_count!r}"
-        )
-    return float(total_count)

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.probability import distributions
+from keras_natgrad.heads.checks import check_integer
+from keras_natgrad.heads.probe import Inspection, finite_support, inspect
 
 #: The ways to find a Fisher matrix, in the order in which they are tried.
 METHODS = ("summation", "kl_divergence", "monte_carlo")
@@ -27,7 +28,9 @@ class Distribution(Head):
        count), `F = Σ_y p(y) ∇log p(y) ∇log p(y)ᵀ`, exact.
     2. `"kl_divergence"`: where TFP knows the divergence between two such
        distributions, its Hessian at their equality, exact. Costs `K` double
-       backward passes and an eigendecomposition `K³` per example.
+       backward passes and an eigendecomposition `K³` per example. Not for
+       Laplace distributions, whose divergence has no automatic Hessian, nor
+       for bijectors with parameters from the outputs.
     3. `"monte_carlo"`: the average over `samples` draws of the outer products
        of their scores, unbiased.
 
@@ -36,8 +39,9 @@ class Distribution(Head):
 
     Args:
         make: Function from outputs `[..., K]` to a distribution of batch
-            shape `[...]`. To save models that use the head it must be
-            registered with `keras.saving.register_keras_serializable`.
+            shape `[...]` and of one tensor. It may use constants and
+            variables from outside. To save models that use the head it must
+            be registered with `keras.saving.register_keras_serializable`.
         parameter_count: K, or `None` for any.
         method: One of the three, or `"auto"` for the first that works.
         samples: Draws of `"monte_carlo"`. Defaults to `16`.
@@ -78,19 +82,13 @@ class Distribution(Head):
                 f"`method` must be 'auto' or one of {METHODS}. "
                 f"Received: method={method!r}"
             )
-        for name, number in (
-            ("samples", samples),
-            ("parameter_count", parameter_count or 1),
-        ):
-            if isinstance(number, bool) or not number >= 1:
-                raise ValueError(
-                    f"`{name}` must be a positive integer. "
-                    f"Received: {name}={number!r}"
-                )
+        if parameter_count is not None:
+            parameter_count = check_integer("parameter_count", parameter_count)
         self.make = make
         self.parameter_count = parameter_count
         self.method = method
-        self.samples = samples
+        self.samples = check_integer("samples", samples)
+        self._inspected: dict[int, Inspection] = {}
 
     # -- Distribution ----------------------------------------------------
 
@@ -115,21 +113,13 @@ class Distribution(Head):
         Raises:
             ValueError: If the chosen method is impossible.
         """
-        # A distribution of constants tells, and nothing is computed.
-        with tf.Graph().as_default():
-            distribution = self.make(tf.ones([1, parameter_count]))
-            possible = []
-            if _support(distribution) is not None:
-                possible.append("summation")
-            if _has_kl(distribution):
-                possible.append("kl_divergence")
-            possible.append("monte_carlo")
+        made = self._inspect(parameter_count)
         if self.method == "auto":
-            return possible[0]
-        if self.method not in possible:
+            return made.methods[0]
+        if self.method not in made.methods:
             raise ValueError(
-                f"The distribution {type(distribution).__name__} allows the "
-                f"methods {possible}. Received: method={self.method!r}"
+                f"The distribution {made.name} allows the methods "
+                f"{list(made.methods)}. Received: method={self.method!r}"
             )
         return self.method
 
@@ -151,10 +141,9 @@ class Distribution(Head):
             return self.samples
         if method == "kl_divergence":
             return parameter_count
-        with tf.Graph().as_default():
-            support = _support(self.make(tf.ones([1, parameter_count])))
-            assert support is not None
-            return int(support.shape[0])
+        size = self._inspect(parameter_count).support_size
+        assert size is not None
+        return size
 
     def fisher_factor_product(
         self, outputs: tf.Tensor, vector: tf.Tensor
@@ -210,6 +199,13 @@ class Distribution(Head):
             return self._hessian(outputs)
         return super().fisher(outputs)
 
+    def _inspect(self, parameter_count: int) -> Inspection:
+        """Returns what is known beforehand, found once per size."""
+        if parameter_count not in self._inspected:
+            found = inspect(self.make, parameter_count)
+            self._inspected[parameter_count] = found
+        return self._inspected[parameter_count]
+
     def _method_of(self, outputs: tf.Tensor) -> str:
         return self.fisher_method(int(outputs.shape[-1]))
 
@@ -243,7 +239,7 @@ class Distribution(Head):
         """Returns points and the roots of their weights `[..., R]`."""
         distribution = self.make(tf.stop_gradient(outputs))
         if self._method_of(outputs) == "summation":
-            points = _support(distribution)
+            points = finite_support(distribution)
             assert points is not None
             log_probs = self._log_probs(tf.stop_gradient(outputs), points)
             return points, tf.exp(0.5 * log_probs)
@@ -284,22 +280,8 @@ class Distribution(Head):
                 f"layer of the model {expected} units. Received: "
                 f"outputs_shape={tuple(outputs_shape)}"
             )
-        if size is None:
-            return
-        with tf.Graph().as_default():
-            made = self.make(tf.ones([2, size]))
-            if not isinstance(made, distributions().Distribution):
-                raise ValueError(
-                    "`make` must return a tfp.distributions.Distribution. "
-                    f"Received: {made!r} of type {type(made).__name__}"
-                )
-            if made.batch_shape.rank != 1:
-                raise ValueError(
-                    "`make` must return one distribution per example: from "
-                    "outputs of shape (2, K), one of batch shape (2,). Wrap "
-                    "several units in tfp.distributions.Independent. "
-                    f"Received: batch shape {made.batch_shape}"
-                )
+        if size is not None:
+            self._inspect(int(size))
 
     # -- Saving ----------------------------------------------------------
 
@@ -309,7 +291,10 @@ class Distribution(Head):
         Raises:
             ValueError: If `make` is not registered with Keras.
         """
-        name = keras.saving.get_registered_name(self.make)
+        try:
+            name = keras.saving.get_registered_name(self.make)
+        except AttributeError:  # A `functools.partial` has no name.
+            name = None
         if keras.saving.get_registered_object(name) is not self.make:
             raise ValueError(
                 f"This head is made by {self._name()!r}, which is not "
@@ -348,46 +333,6 @@ def _find_function(identifier: Any) -> Any:
             f"Received: make={identifier!r}"
         )
     return function
-
-
-def _support(distribution: Any) -> tf.Tensor | None:
-    """Returns all values of a finite support, `[R, ...]`, or `None`."""
-    tfd = distributions()
-    dtype = distribution.dtype
-    if isinstance(distribution, tfd.Bernoulli):
-        return tf.constant([0, 1], dtype)
-    if isinstance(distribution, tfd.FiniteDiscrete):
-        outcomes = distribution.outcomes
-        return outcomes if outcomes.shape.rank == 1 else None
-    if isinstance(distribution, (tfd.Categorical, tfd.OrderedLogistic)):
-        parameter = (
-            distribution.cutpoints
-            if isinstance(distribution, tfd.OrderedLogistic)
-            else distribution.logits_parameter()
-        )
-        count = parameter.shape[-1]
-        if count is None:
-            return None
-        if isinstance(distribution, tfd.OrderedLogistic):
-            count += 1
-        return tf.range(count, dtype=dtype)
-    if isinstance(distribution, tfd.OneHotCategorical):
-        count = distribution.event_shape[-1]
-        return None if count is None else tf.eye(count, dtype=dtype)
-    if isinstance(distribution, tfd.Binomial):
-        count = tf.get_static_value(distribution.total_count)
-        if count is None or count.size != 1:
-            return None
-        return tf.range(int(count) + 1, dtype=dtype)
-    return None
-
-
-def _has_kl(distribution: Any) -> bool:
-    try:
-        distribution.kl_divergence(distribution)
-    except NotImplementedError:
-        return False
-    return True
 
 
 def _leading(outputs: tf.Tensor, vector: tf.Tensor) -> tf.Tensor:

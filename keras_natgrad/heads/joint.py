@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.probability import distributions
+from keras_natgrad.heads.probe import probe
 from keras_natgrad.heads.serialization import get
 
 
@@ -78,6 +79,14 @@ class Joint(Head):
             ),
             axis=-1,
         )
+
+    def mean(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the heads' means side by side; see `Head.mean()`."""
+        return self._side_by_side(outputs, lambda head, x: head.mean(x))
+
+    def stddev(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the heads' deviations side by side; see `Head.stddev()`."""
+        return self._side_by_side(outputs, lambda head, x: head.stddev(x))
 
     # -- Fisher ----------------------------------------------------------
 
@@ -156,6 +165,16 @@ class Joint(Head):
             "sizes": self.sizes,
         }
 
+    def __eq__(self, other: object) -> bool:
+        # Not by the configuration, which not all heads have.
+        if type(self) is not type(other):
+            return NotImplemented
+        assert isinstance(other, Joint)
+        return self.heads == other.heads and self.sizes == other.sizes
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self.heads, *self.sizes))
+
     def __repr__(self) -> str:
         return f"Joint(heads={self.heads!r}, sizes={self.sizes!r})"
 
@@ -192,18 +211,29 @@ class Joint(Head):
         )
 
     def _target_sizes(self) -> list[int | None]:
-        """Returns how many places each head's targets take; `None`: one number.
-
-        A distribution of constants tells, and nothing is computed.
-        """
+        """Returns the places of each head's targets; `None`: one number."""
         if self._places is None:
             places: list[int | None] = []
-            with tf.Graph().as_default():
-                for head, size in zip(self.heads, self.sizes, strict=True):
-                    event = head.distribution(tf.ones([1, size])).event_shape
-                    places.append(event[-1] if event.rank else None)
+            for head, size in zip(self.heads, self.sizes, strict=True):
+                event = _event_shape(head, size)
+                places.append(event[-1] if event.rank else None)
             self._places = places
         return self._places
+
+    def _side_by_side(
+        self,
+        outputs: tf.Tensor,
+        function: Callable[[Head, tf.Tensor], tf.Tensor],
+    ) -> tf.Tensor:
+        """Applies a function to each head, with a result like its targets."""
+        outputs = tensors.as_parameters(outputs)
+        results = []
+        for (head, part), place in zip(
+            self._parts(outputs), self._target_sizes(), strict=True
+        ):
+            result = tensors.cast_like(function(head, part), outputs)
+            results.append(result[..., tf.newaxis] if place is None else result)
+        return tf.concat(results, axis=-1)
 
     def _with_targets(
         self,
@@ -231,6 +261,18 @@ class Joint(Head):
             piece = piece[..., 0] if place is None else piece
             results.append(function(head, part, piece))
         return results
+
+
+def _event_shape(head: Head, size: int) -> tf.TensorShape:
+    event = probe(
+        lambda outputs, _: head.distribution(outputs).event_shape, size
+    )
+    if not isinstance(event, tf.TensorShape):
+        raise ValueError(
+            "Heads side by side must each have a distribution of one tensor. "
+            f"Received: head={head!r} with the event shape {event}"
+        )
+    return event
 
 
 def _repeat(outputs: tf.Tensor, vector: tf.Tensor) -> tf.Tensor:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from keras_natgrad.heads import tensors
 
 #: Where parameters live, and the coordinate that their Fisher is stated in.
 SUPPORTS = {
@@ -67,6 +71,10 @@ class Identity(Link):
 
     A positive parameter must come from a layer that makes it positive (an
     activation such as softplus), one of the support "unit" from a sigmoid.
+    Outputs below `ε = keras.config.epsilon()`, and above `1 − ε` for "unit",
+    are clipped to it, as the losses of Keras do: a ReLU's zeros are no rates.
+    Derivatives pass through the clipping, so that scores agree with the Fisher
+    matrix and do not vanish.
     """
 
     supports = ("real", "positive", "unit")
@@ -76,21 +84,29 @@ class Identity(Link):
 
     def value(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns the output, or the logit of an output in (0, 1)."""
+        inside = self._clip(raw)
         if self.support == "unit":
-            return tf.math.log(raw) - tf.math.log1p(-raw)
-        return raw
+            return tf.math.log(inside) - tf.math.log1p(-inside)
+        return inside
 
     def slope(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns 1, 1/x or 1/(x (1 − x)), by the support."""
-        if self.support == "positive":
-            return tf.math.reciprocal(raw)
+        if self.support == "real":
+            return tf.ones_like(raw)
+        inside = self._clip(raw)
         if self.support == "unit":
-            return tf.math.reciprocal(raw * (1.0 - raw))
-        return tf.ones_like(raw)
+            return tf.math.reciprocal(inside * (1.0 - inside))
+        return tf.math.reciprocal(inside)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
         return {"support": self.support}
+
+    def _clip(self, raw: tf.Tensor) -> tf.Tensor:
+        if self.support == "real":
+            return raw
+        highest = 1.0 if self.support == "unit" else None
+        return tensors.clip_with_gradient(raw, highest)
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -132,15 +148,16 @@ class Softplus(Link):
             likelihood of a scale that shrinks to zero. Defaults to `1e-6`.
 
     Raises:
-        ValueError: If `floor` is negative.
+        ValueError: If `floor` is negative or infinite.
     """
 
     supports = ("positive",)
 
     def __init__(self, floor: float = 1e-6) -> None:
-        if not floor >= 0:
+        real = isinstance(floor, (int, float, np.number))
+        if isinstance(floor, bool) or not real or not 0 <= floor < math.inf:
             raise ValueError(
-                "`floor` must be a non-negative number, such as 1e-6. "
+                "`floor` must be a non-negative, finite number, such as 1e-6. "
                 f"Received: floor={floor!r}"
             )
         self.floor = float(floor)

@@ -85,12 +85,14 @@ def _log_cosh(loss: Any) -> tuple[Head, LossWeight]:
 
 
 def _poisson(loss: Any) -> tuple[Head, LossWeight]:
-    # λ - y log λ = -log Poisson(y | λ) + const; the outputs are rates.
+    # λ - y log λ = -log Poisson(y | λ) + const; the outputs are rates, which
+    # the link raises to ε. (Keras adds ε within the logarithm.)
     return Poisson(rate="identity"), LossWeight(units="mean")
 
 
 def _kl_divergence(loss: Any) -> tuple[Head, LossWeight]:
-    # Σ y log(y / p) is the cross-entropy of soft targets, up to a constant.
+    # Σ y log(y / p) is the cross-entropy of soft targets, up to a constant, of
+    # outputs that sum to one: Keras takes p as it is, the head normalises it.
     return Categorical(from_logits=False, sparse=False), LossWeight()
 
 
@@ -202,7 +204,9 @@ def from_loss(
 
     The targets must have the rank that the head documents. Label smoothing
     changes the targets, not the head. For losses of probabilities the
-    identity holds where Keras does not clip.
+    identity holds where Keras does not clip, and for `kl_divergence` where the
+    outputs sum to one, as those of a softmax do: Keras does not normalise
+    them, and the head does.
 
     Args:
         loss: A Keras loss: a name, function, `functools.partial` of a

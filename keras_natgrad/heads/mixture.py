@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.categorical import Categorical
+from keras_natgrad.heads.checks import check_integer, check_probability
 from keras_natgrad.heads.generic import Distribution
 from keras_natgrad.heads.normal import Normal
 from keras_natgrad.heads.probability import (
@@ -66,19 +67,14 @@ class NormalMixture(Head):
         fisher: str = "monte_carlo",
         samples: int = 16,
     ) -> None:
-        if isinstance(components, bool) or not components >= 2:
-            raise ValueError(
-                "`components` must be an integer of at least 2. "
-                f"Received: components={components!r}"
-            )
+        self.components = check_integer("components", components, least=2)
+        self.samples = check_integer("samples", samples)
         if fisher not in METHODS:
             raise ValueError(
                 f"`fisher` must be one of {METHODS}. Received: "
                 f"fisher={fisher!r}"
             )
-        self.components = int(components)
         self.method = fisher
-        self.samples = samples
         self._weights = Categorical()
         self._units = Normal(scale)
         self.parameter_count = self.components * (
@@ -88,7 +84,7 @@ class NormalMixture(Head):
             self._by_residuals,
             self.parameter_count,
             method="monte_carlo",
-            samples=samples,
+            samples=self.samples,
         )
 
     def distribution(self, outputs: tf.Tensor) -> Any:
@@ -135,11 +131,7 @@ class NormalMixture(Head):
         Raises:
             ValueError: If `probability` is not between 0 and 1.
         """
-        if not 0.0 < probability < 1.0:
-            raise ValueError(
-                "`probability` must be between 0 and 1. "
-                f"Received: probability={probability!r}"
-            )
+        check_probability(probability)
         logits, loc, scale = self._values(outputs)
         shares = tf.nn.softmax(logits)
         # The smaller tail, as 1 − p has fewer digits.
@@ -176,18 +168,8 @@ class NormalMixture(Head):
         """Multiplies by the scores of draws, or block by block."""
         if self.method == "monte_carlo":
             return self._sampled.fisher_factor_product(outputs, vector)
-        outputs = tensors.as_parameters(outputs)
-        logits, units = self._split(outputs)
-        first, rest = self._split(
-            tensors.cast_like(vector, outputs) * tf.ones_like(outputs)
-        )
-        rest = self._units.fisher_factor_product(units, rest)
-        return tf.concat(
-            [
-                self._weights.fisher_factor_product(logits, first),
-                self._roots(logits) * rest,
-            ],
-            axis=-1,
+        return self._by_block(
+            outputs, vector, lambda head, x, v: head.fisher_factor_product(x, v)
         )
 
     def fisher_factor_transpose_product(
@@ -198,18 +180,10 @@ class NormalMixture(Head):
             return self._sampled.fisher_factor_transpose_product(
                 outputs, vector
             )
-        outputs = tensors.as_parameters(outputs)
-        logits, units = self._split(outputs)
-        first, rest = self._split(
-            tensors.cast_like(vector, outputs) * tf.ones_like(outputs)
-        )
-        rest = self._units.fisher_factor_transpose_product(units, rest)
-        return tf.concat(
-            [
-                self._weights.fisher_factor_transpose_product(logits, first),
-                self._roots(logits) * rest,
-            ],
-            axis=-1,
+        return self._by_block(
+            outputs,
+            vector,
+            lambda head, x, v: head.fisher_factor_transpose_product(x, v),
         )
 
     def validate(self, outputs_shape: Sequence[int | None]) -> None:
@@ -244,6 +218,26 @@ class NormalMixture(Head):
             "fisher": self.method,
             "samples": self.samples,
         }
+
+    def _by_block(
+        self,
+        outputs: tf.Tensor,
+        vector: tf.Tensor,
+        product: Callable[[Head, tf.Tensor, tf.Tensor], tf.Tensor],
+    ) -> tf.Tensor:
+        """Applies a product to the weights and to the components."""
+        outputs = tensors.as_parameters(outputs)
+        logits, units = self._split(outputs)
+        first, rest = self._split(
+            tensors.cast_like(vector, outputs) * tf.ones_like(outputs)
+        )
+        return tf.concat(
+            [
+                product(self._weights, logits, first),
+                self._roots(logits) * product(self._units, units, rest),
+            ],
+            axis=-1,
+        )
 
     def _split(self, tensor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return tensor[..., : self.components], tensor[..., self.components :]

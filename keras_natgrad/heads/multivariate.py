@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_natgrad.heads import softmax, tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.family import check_count
+from keras_natgrad.heads.checks import check_count
 from keras_natgrad.heads.links import get_link, link_config
 from keras_natgrad.heads.probability import distributions, mathematics
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from keras_natgrad.heads import tensors
 from keras_natgrad.heads.family import Family, Information, Parameter
 from keras_natgrad.heads.probability import distributions
 
@@ -54,18 +53,11 @@ class Normal(Family):
         """Builds the units' distributions; see `Family.units()`."""
         return distributions().Normal(values["loc"], values["scale"])
 
-    def log_prob(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Computes the log-density; see `Head.log_prob()`."""
-        outputs = tensors.as_parameters(outputs)
-        values = self.values(outputs)
-        scale = values["scale"]
-        residual = self._match(outputs, targets) - values["loc"]
-        return -tf.reduce_sum(
-            0.5 * tf.square(residual / scale)
-            + tf.math.log(scale)
-            + 0.5 * np.log(2.0 * np.pi),
-            axis=-1,
-        )
+    def unit_log_prob(
+        self, values: dict[str, tf.Tensor], targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the log-density of each unit."""
+        return normal_log_prob(targets - values["loc"], values["scale"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -97,6 +89,19 @@ class MultivariateNormalDiag(Normal):
         loc = values["loc"]
         scale = tf.broadcast_to(values["scale"], tf.shape(loc))
         return distributions().MultivariateNormalDiag(loc, scale)
+
+
+def normal_log_prob(residual: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """Returns the log-density of a normal at `loc + residual`.
+
+    TFP subtracts `loc / scale` from `y / scale`, whose gradients are rounding
+    where the scale is small beside the mean.
+    """
+    return -(
+        0.5 * tf.square(residual / scale)
+        + tf.math.log(scale)
+        + 0.5 * math.log(2.0 * math.pi)
+    )
 
 
 def normal_information(scale: tf.Tensor) -> Information:

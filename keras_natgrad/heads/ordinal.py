@@ -99,6 +99,14 @@ class OrderedLogistic(Head):
         log_probs = self._classes(outputs).log_probs
         return Categorical().log_prob(log_probs, targets)
 
+    def mean(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the mean class, `Σ_j j p_j`; see `Head.mean()`."""
+        return Categorical().mean(self._classes(outputs).log_probs)
+
+    def stddev(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the standard deviation of the class."""
+        return Categorical().stddev(self._classes(outputs).log_probs)
+
     # -- Fisher ----------------------------------------------------------
 
     def factor_rank(self, parameter_count: int) -> int:

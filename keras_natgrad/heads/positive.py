@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -67,6 +68,7 @@ class Gamma(Family):
         Parameter("concentration", "positive"),
     )
     target_support = "positive"
+    in_float64 = True
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class InverseGamma(Family):
         Parameter("concentration", "positive"),
     )
     target_support = "positive"
+    in_float64 = True
 
     def __init__(
         self,
@@ -121,6 +124,16 @@ class InverseGamma(Family):
         return distributions().InverseGamma(
             values["concentration"], scale=values["scale"]
         )
+
+    def mean(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the mean, infinite for concentrations up to 1."""
+        alpha = self.values(outputs)["concentration"]
+        return tf.where(alpha > 1.0, super().mean(outputs), math.inf)
+
+    def stddev(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the deviation, infinite for concentrations up to 2."""
+        alpha = self.values(outputs)["concentration"]
+        return tf.where(alpha > 2.0, super().stddev(outputs), math.inf)
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -204,6 +217,15 @@ class Weibull(Family):
     def units(self, values: dict[str, tf.Tensor]) -> Any:
         """Builds the units' distributions; see `Family.units()`."""
         return distributions().Weibull(values["concentration"], values["scale"])
+
+    def unit_log_prob(
+        self, values: dict[str, tf.Tensor], targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the log-density of each unit, by the logarithm of y."""
+        # log k + log(y/λ)^k − log y − (y/λ)^k: y/λ itself may overflow.
+        k, log_y = values["concentration"], tf.math.log(targets)
+        log_power = k * (log_y - tf.math.log(values["scale"]))
+        return tf.math.log(k) + log_power - log_y - tf.exp(log_power)
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_natgrad.heads.family import Information
 from keras_natgrad.heads.location_scale import LocationScale
+from keras_natgrad.heads.normal import normal_log_prob
 from keras_natgrad.heads.probability import bijectors, distributions
 from keras_natgrad.heads.special import huber_masses
 
@@ -121,6 +122,7 @@ class Log1pNormal(LocationScale):
     """
 
     target_support = "above_minus_one"
+    in_float64 = True
 
     def units(self, values: dict[str, tf.Tensor]) -> Any:
         """Builds the units' distributions; see `Family.units()`."""
@@ -129,6 +131,15 @@ class Log1pNormal(LocationScale):
         return distributions().TransformedDistribution(
             base, bijectors().Shift(tf.constant(-1.0, loc.dtype))
         )
+
+    def unit_log_prob(
+        self, values: dict[str, tf.Tensor], targets: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the log-density of each unit."""
+        loc = tf.maximum(values["loc"], keras.config.epsilon())
+        log = tf.math.log1p(targets)
+        residual = log - tf.math.log1p(loc)
+        return normal_log_prob(residual, values["scale"]) - log
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""

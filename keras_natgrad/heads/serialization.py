@@ -17,10 +17,14 @@ def _named_heads() -> dict[str, type[Head]]:
         head.__name__.lower(): head
         for head in public
         if isinstance(head, type)
-        and issubclass(head, Head)
-        and not inspect.isabstract(head)
+        and _is_complete(head)
         and not _required_arguments(head)
     }
+
+
+def _is_complete(kind: type) -> bool:
+    """Tells whether this is a class of heads with all methods."""
+    return issubclass(kind, Head) and not inspect.isabstract(kind)
 
 
 def _required_arguments(head: type[Head]) -> list[str]:
@@ -60,7 +64,7 @@ def get(identifier: Any) -> Head:
         head = _named_heads().get(
             identifier.lower()
         ) or keras.saving.get_registered_object(identifier)
-    if isinstance(head, type) and issubclass(head, Head):
+    if isinstance(head, type) and _is_complete(head):
         missing = _required_arguments(head)
         if missing:
             raise ValueError(

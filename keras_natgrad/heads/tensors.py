@@ -1,5 +1,6 @@
 """Tensor functions shared by the heads."""
 
+import keras
 import tensorflow as tf
 
 
@@ -7,14 +8,25 @@ def as_parameters(outputs: tf.Tensor) -> tf.Tensor:
     """Converts model outputs to the dtype that a head computes in.
 
     float64 stays float64; half-precision outputs are computed in float32.
+    Integers, e.g. of a list, get the float type of Keras.
 
     Args:
-        outputs: Floating-point tensor or array.
+        outputs: Tensor or array of real numbers.
 
     Returns:
         `outputs` as a tensor of dtype float32 or float64.
+
+    Raises:
+        ValueError: If the outputs are no real numbers.
     """
     outputs = tf.convert_to_tensor(outputs)
+    if outputs.dtype.is_integer:
+        outputs = tf.cast(outputs, keras.config.floatx())
+    if not outputs.dtype.is_floating:
+        raise ValueError(
+            "The outputs of a model must be real numbers; cast them to "
+            f"'float32'. Received: outputs.dtype={outputs.dtype.name!r}"
+        )
     if outputs.dtype in (tf.float16, tf.bfloat16):
         return tf.cast(outputs, tf.float32)
     return outputs
@@ -23,6 +35,30 @@ def as_parameters(outputs: tf.Tensor) -> tf.Tensor:
 def cast_like(value: tf.Tensor, parameters: tf.Tensor) -> tf.Tensor:
     """Converts `value` to a tensor with the dtype of `parameters`."""
     return tf.cast(tf.convert_to_tensor(value), parameters.dtype)
+
+
+def clip_with_gradient(
+    value: tf.Tensor, highest: float | None = None
+) -> tf.Tensor:
+    """Clips to `[ε, highest − ε]`, `ε = keras.config.epsilon()`, as Keras does.
+
+    Derivatives pass through the clipping.
+
+    Args:
+        value: Floating-point tensor.
+        highest: The upper end of the range, or `None` for no bound.
+
+    Returns:
+        Tensor of the same shape and dtype.
+    """
+    epsilon = keras.config.epsilon()
+    if highest is None:
+        clip = tf.grad_pass_through(lambda x: tf.maximum(x, epsilon))
+    else:
+        clip = tf.grad_pass_through(
+            lambda x: tf.clip_by_value(x, epsilon, highest - epsilon)
+        )
+    return clip(value)
 
 
 def match_targets(parameters: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:

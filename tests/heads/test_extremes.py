@@ -40,6 +40,12 @@ def directions(rng):
     return outputs * length / np.linalg.norm(outputs, axis=-1, keepdims=True)
 
 
+def rates(rng):
+    """Rates of a ReLU: a third of them zero, the others from 1e-6 to 1e6."""
+    drawn = np.exp(uniform(rng, 1, LOG))
+    return np.where(rng.uniform(size=drawn.shape) < 1 / 3, 0.0, drawn)
+
+
 CASES = {
     "bernoulli": (heads.Bernoulli(), logits(3)),
     "categorical": (heads.Categorical(), logits(4)),
@@ -78,6 +84,20 @@ CASES = {
         heads.OrderedLogistic(increment="exp"),
         mixed((1, LOGIT), (3, LOG)),
     ),
+    "beta": (heads.Beta("exp", "exp"), mixed((2, LOG))),
+    "gamma": (heads.Gamma("exp", "exp"), mixed((2, LOG))),
+    "inverse_gamma": (heads.InverseGamma("exp", "exp"), mixed((2, LOG))),
+    "inverse_gaussian": (
+        heads.InverseGaussian("exp", "exp"),
+        mixed((2, LOG)),
+    ),
+    "weibull": (heads.Weibull("exp", "exp"), mixed((2, LOG))),
+    "student_t": (heads.StudentT("exp", "exp"), mixed((1, 1e6), (2, LOG))),
+    "log_normal": (heads.LogNormal("exp"), mixed((2, LOG))),
+    "logit_normal": (heads.LogitNormal("exp"), mixed((2, LOG))),
+    "log1p_normal": (heads.Log1pNormal("exp"), mixed((1, 1e6), (1, LOG))),
+    "von_mises": (heads.VonMises("exp"), mixed((1, 3.1), (1, LOG))),
+    "poisson_of_rates": (heads.Poisson("identity"), rates),
     "von_mises_fisher": (heads.VonMisesFisher(), directions),
     "mixture": (
         heads.NormalMixture(2, "exp", samples=4),
@@ -161,9 +181,10 @@ def test_scores_at_extremes(name):
     """The loss's gradient at the head's own draws is finite."""
     head, draw = CASES[name]
     outputs = draw(np.random.default_rng(2))[:50].astype(np.float32)
-    # TFP's sampler does not end where the mean of counts overflows; shares of
-    # small concentrations are drawn as zeros, where the density is infinite.
-    drawn_at = np.clip(outputs, 0.0 if name == "dirichlet" else -1e6, LOGIT)
+    drawn_at = outputs
+    if name == "negative_binomial_logits":
+        # TFP's sampler does not end where the mean of counts overflows.
+        drawn_at = np.clip(outputs, -np.inf, LOGIT)
     targets = head.sample(drawn_at, [0, 1])
     assert np.all(np.isfinite(head.log_prob(outputs, targets)))
     assert np.all(np.isfinite(heads.Head.score(head, outputs, targets)))
@@ -214,3 +235,62 @@ def test_multivariate_normal_at_extremes(head, dimension):
     exact = head.fisher(outputs.astype(float)).numpy()
     error = (fisher - exact) * scale[:, :, None] * scale[:, None, :]
     assert np.abs(error).max() < 2e-4
+
+
+def residuals(rng):
+    """Scales of 1e-3 to 1e-1 beside means up to 20."""
+    return np.concatenate(
+        [
+            rng.uniform(1.0, 20.0, size=(COUNT, 1)),
+            rng.uniform(-7.0, -2.0, size=(COUNT, 1)),
+        ],
+        axis=-1,
+    )
+
+
+SCORES = {
+    name: CASES[name]
+    for name in (
+        "poisson",
+        "zero_inflated_poisson",
+        "negative_binomial",
+        "gamma",
+        "inverse_gamma",
+        "beta",
+        "student_t",
+        "dirichlet",
+    )
+}
+SCORES["negative_binomial_logits"] = (
+    heads.NegativeBinomialLogits("sigmoid", "exp"),
+    mixed((1, LOG), (1, LOG)),
+)
+# Not near 1, where draws in float32 have no digits.
+SCORES["logit_normal"] = (
+    heads.LogitNormal("exp"),
+    lambda rng: residuals(rng) * [-1.0, 1.0],
+)
+SCORES["log_normal"] = (heads.LogNormal("exp"), residuals)
+SCORES["log1p_normal"] = (
+    heads.Log1pNormal("exp"),
+    lambda rng: np.exp(residuals(rng)) * [1.0, 0.0] + residuals(rng) * [0, 1],
+)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_float32_scores_agree_with_float64(name):
+    """At draws, in units of their standard deviation, and log-densities."""
+    head, draw = SCORES[name]
+    outputs = draw(np.random.default_rng(4)).astype(np.float32)
+    targets = head.sample(outputs, [2, 3]).numpy()
+    wide, wide_targets = outputs.astype(float), targets.astype(float)
+    exact = head.score(wide, wide_targets).numpy()
+    fisher = np.einsum("nii->ni", head.fisher(wide))
+    error = np.abs(head.score(outputs, targets) - exact)
+    assert np.all(error <= 1e-6 * (np.abs(exact) + np.sqrt(fisher)))
+    np.testing.assert_allclose(
+        head.log_prob(outputs, targets),
+        head.log_prob(wide, wide_targets),
+        rtol=1e-6,
+        atol=1e-6,
+    )

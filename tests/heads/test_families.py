@@ -214,6 +214,30 @@ def test_softplus_without_a_floor_does_not_underflow():
         (lambda: heads.Exponential(2.0), "no parameter left to predict"),
         (lambda: heads.Binomial(0), "positive number of draws or trials"),
         (lambda: heads.links.Softplus(-1.0), "`floor` must be a non-negative"),
+        (lambda: heads.links.Softplus(np.inf), "Received: floor=inf"),
+        (lambda: heads.Binomial(2.5), "Received: total_count=2.5"),
+        (lambda: heads.Binomial("5"), "Received: total_count='5'"),
+        (lambda: heads.Multinomial(2.5), "Received: total_count=2.5"),
+        (lambda: heads.Multinomial(np.inf), "Received: total_count=inf"),
+        (lambda: heads.NormalMixture(2.7), "Received: components=2.7"),
+        (
+            lambda: heads.NormalMixture(2, samples=2.5),
+            "Received: samples=2.5",
+        ),
+        (
+            lambda: heads.Distribution(print, samples=2.5),
+            "Received: samples=2.5",
+        ),
+        (
+            lambda: heads.Distribution(print, parameter_count=0),
+            "Received: parameter_count=0",
+        ),
+        (
+            lambda: heads.Normal().quantile([[0.0]], 1.5),
+            "between 0 and 1. Received: probability=1.5",
+        ),
+        (lambda: heads.get(heads.Family), "one of the names"),
+        (lambda: heads.get(heads.Head), "one of the names"),
         (lambda: heads.Gamma().validate((None, 3)), "a multiple of 2 units"),
         (lambda: heads.get("binomial"), "one of the names"),
         (lambda: heads.get(heads.Binomial), "needs arguments"),
@@ -250,3 +274,32 @@ def test_predictions_become_means_deviations_and_quantiles():
     np.testing.assert_allclose(
         head.quantile(outputs, 0.975), [[1.0 + 2.0 * 1.959964]], rtol=1e-6
     )
+
+
+@keras.saving.register_keras_serializable(package="test_heads")
+class Doubled(heads.links.Link):
+    supports = ("real",)
+
+    def value(self, raw):
+        return 2.0 * raw
+
+    def slope(self, raw):
+        return 2.0 * tf.ones_like(raw)
+
+
+@keras.saving.register_keras_serializable(package="test_heads")
+class LinkedNormal(heads.Normal):
+    """Normal targets with a link of the mean."""
+
+    def __init__(self, loc="identity", scale=1.0):
+        heads.Family.__init__(self, loc=loc, scale=scale)
+
+
+def test_a_custom_link_of_a_real_parameter_is_saved():
+    head = LinkedNormal(Doubled())
+    restored = keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(head)
+    )
+    assert restored == head != LinkedNormal()
+    np.testing.assert_allclose(restored.fisher([[0.5]]), [[[4.0]]])
+    assert LinkedNormal().get_config() == {"scale": 1.0}

@@ -1,5 +1,7 @@
 """A head from any function that makes a distribution."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -210,3 +212,12 @@ def test_registered_function_is_saved():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_partial_function_has_no_name_to_be_saved_by():
+    make = functools.partial(tfd.Independent, reinterpreted_batch_ndims=0)
+    head = heads.Distribution(make)
+    with pytest.raises(ValueError, match="is not registered and cannot be"):
+        head.get_config()
+    assert head == heads.Distribution(make) != heads.Distribution(poisson)
+    assert "functools.partial" in repr(head)

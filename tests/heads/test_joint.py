@@ -108,3 +108,11 @@ def test_targets_lie_side_by_side():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_equality_does_not_need_heads_that_can_be_saved():
+    head = heads.Joint([heads.Distribution(poisson), "normal"], [1, 1])
+    same = heads.Joint([heads.Distribution(poisson), "normal"], [1, 1])
+    assert head == same and hash(head) == hash(same)
+    assert head != heads.Joint(["poisson", "normal"], [1, 1])
+    assert head != heads.Normal()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_natgrad import heads
 from keras_natgrad.heads import tensors
 
 
@@ -37,3 +38,15 @@ def test_targets_of_unknown_sizes_are_accepted():
 def test_other_shapes_are_an_error(shape):
     with pytest.raises(ValueError, match="Reshape or repeat the targets"):
         tensors.match_targets(tf.zeros([4, 3]), tf.zeros(shape))
+
+
+def test_integer_outputs_get_the_float_type_of_keras(float64):
+    found = heads.Normal().fisher([[1, 2]])
+    assert found.dtype == tf.float64
+    np.testing.assert_array_equal(found, [np.eye(2)])
+
+
+@pytest.mark.parametrize("outputs", [[["a"]], [[True]], [[1j]]])
+def test_outputs_that_are_no_real_numbers_are_an_error(outputs):
+    with pytest.raises(ValueError, match="must be real numbers; cast them"):
+        heads.Normal().fisher(outputs)
