@@ -14,6 +14,7 @@ from keras_natgrad.linalg import (
     kronecker_operator,
     to_dense,
 )
+from keras_natgrad.linalg.psd import rounding
 
 
 class InputFactorBlock(Block):
@@ -142,6 +143,18 @@ class InputFactorBlock(Block):
             return tf.nn.relu(moment - tf.square(root))
         return moment - root[:, tf.newaxis] * root
 
+    def _scale_of(self, moment: tf.Tensor, covariance: tf.Tensor) -> tf.Tensor:
+        """Returns tr Σ, or what stands for it where the inputs are constant.
+
+        A covariance that is rounding, of constant inputs or of one example,
+        is no scale; that of the moment is one, and inputs of zero need none.
+        """
+        total = self._factor.trace(covariance)
+        raw = self._factor.trace(moment)
+        least = rounding(moment.dtype) * raw
+        raw = tf.where(raw > 0, raw, tf.ones_like(raw))
+        return tf.where(total > least, total, raw)
+
     @override
     def trace(self) -> tf.Tensor:
         moment, *mean = self.averages()
@@ -162,7 +175,7 @@ class InputFactorBlock(Block):
             covariance = self._covariance(moment, sums, corner)
         if self.relative_damping:
             size = tf.constant(self._features, moment.dtype)
-            damping *= self._factor.trace(covariance) / size
+            damping *= self._scale_of(moment, covariance) / size
         if mean and self.damp_bias:
             # A + λI has the last entry c + λ, and a mean smaller by as much.
             corner += damping

@@ -301,3 +301,25 @@ def test_convolutions_get_the_factor_of_their_patches():
     for _ in range(10):
         model.train_on_batch(x, y)
     assert model.evaluate(x, y, verbose=0) < before
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_constant_inputs_leave_the_bias_to_train(value):
+    """Their covariance is zero; the layer stood still, bias and all."""
+    rng = np.random.default_rng(0)
+    y = (1.0 + 0.1 * rng.normal(size=(16, 1))).astype("float32")
+    x = np.full((16, 4), value, "float32")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(kng.PRONG(0.3).attach(model), "mse", run_eagerly=True)
+    for _ in range(30):
+        model.train_on_batch(x, y)
+    assert model.evaluate(x, y, verbose=0) < 0.02
+    assert model.optimizer.statistics["failures"] == 0
+
+
+def test_a_first_batch_of_one_example():
+    x, y = data()
+    model = compiled(optimizer=kng.PRONG())
+    before = model.evaluate(x[:1], y[:1], verbose=0)
+    model.train_on_batch(x[:1], y[:1])
+    assert model.evaluate(x[:1], y[:1], verbose=0) < before
