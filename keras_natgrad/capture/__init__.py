@@ -12,6 +12,7 @@ from keras_natgrad.capture import (
 )
 from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.capture.plan import LayerPlan, Plan, make_plan, match_layers
+from keras_natgrad.capture.records import LayerRecord
 from keras_natgrad.capture.registry import (
     LinearMap,
     NotCaptured,
@@ -20,7 +21,7 @@ from keras_natgrad.capture.registry import (
     register_layer,
 )
 from keras_natgrad.capture.tape import CurvatureTape
-from keras_natgrad.capture.taps import LayerRecord, Taps
+from keras_natgrad.capture.taps import Taps
 
 __all__ = [
     "CurvatureTape",

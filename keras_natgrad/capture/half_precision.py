@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.capture.taps import LayerRecord
+from keras_natgrad.capture.records import LayerRecord
 from keras_natgrad.linalg import slopes
 
 _DTYPE = tf.float32
