@@ -9,7 +9,13 @@ import tensorflow as tf
 
 from keras_natgrad import heads
 from keras_natgrad._compat import flatten_layers
-from keras_natgrad.capture import Taps, make_plan, match_layers
+from keras_natgrad.capture import (
+    Taps,
+    check_batched,
+    check_reached,
+    make_plan,
+    match_layers,
+)
 from keras_natgrad.curvature import (
     FISHER_KINDS,
     BlockDiagonal,
@@ -104,13 +110,17 @@ def fisher(
         tf.GradientTape(persistent=True) as tape,
     ):
         outputs = model(x, training=False)
+    terms = mean_terms(outputs, head)
+    records = [
+        taps.record(layer_of, index)
+        for layer_of, index in match_layers(plan, model, variables)
+    ]
+    check_reached(records)
+    check_batched(records, terms[0].outputs.shape[0])
     captured = CapturedPass(
         tape,
-        mean_terms(outputs, head),
-        [
-            taps.record(layer_of, index)
-            for layer_of, index in match_layers(plan, model, variables)
-        ],
+        terms,
+        records,
         curvature.entries,
         [variable.value for variable in variables],
     )

@@ -12,6 +12,12 @@ from keras_natgrad.capture import (
 )
 from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.capture.plan import LayerPlan, Plan, make_plan, match_layers
+from keras_natgrad.capture.reach import (
+    check_batched,
+    check_gradients,
+    check_reached,
+    is_off_tape,
+)
 from keras_natgrad.capture.records import LayerRecord
 from keras_natgrad.capture.registry import (
     LinearMap,
@@ -33,6 +39,10 @@ __all__ = [
     "Plan",
     "Taps",
     "applies_matrix",
+    "check_batched",
+    "check_gradients",
+    "check_reached",
+    "is_off_tape",
     "linear_maps",
     "make_plan",
     "match_layers",

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.capture import LayerRecord
+from keras_natgrad.capture import LayerRecord, check_gradients, is_off_tape
 from keras_natgrad.curvature.cotangents import OutputTerm, example_weights
 from keras_natgrad.curvature.entry import Entry
 from keras_natgrad.heads.tensors import as_parameters
@@ -43,6 +43,10 @@ class CapturedPass:
         variables: All variables, as `tf.Variable`s.
         share: This replica's share of the examples' weights, `None` where
             there is one replica.
+
+    Raises:
+        ValueError: If the outputs depend on the weights of a layer that was
+            not recorded, or (in `backward`) not by the tape.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class CapturedPass:
             for entry, record in zip(self.captured, self.records, strict=True)
         ]
         self.weights = example_weights(terms)
+        self._is_checked = False
+        self._check([not record.preactivations for record in self.records])
 
     @property
     def is_half(self) -> bool:
@@ -85,6 +91,16 @@ class CapturedPass:
             ([list(record.preactivations) for record in self.records], rest),
             output_gradients=list(cotangents),
         )
+        if not self._is_checked:
+            self._is_checked = True
+            self._check(
+                [
+                    is_off_tape(self.tape, record, sent, own)
+                    for record, sent, own in zip(
+                        self.records, gradients, self._own(), strict=True
+                    )
+                ]
+            )
         canonical = [
             record.canonical_cotangents(g, entry.block.dtype, self.batch)
             for entry, record, g in zip(
@@ -111,3 +127,24 @@ class CapturedPass:
             ]
         )
         return Backward(canonical, matrices, sizes)
+
+    def _own(self) -> list[list[Any]]:
+        """Returns the variables of every captured entry."""
+        return [
+            [self.variables[index] for index in entry.variables]
+            for entry in self.captured
+        ]
+
+    def _check(self, suspects: Sequence[bool]) -> None:
+        """Raises ValueError if suspected layers act on the outputs."""
+        check_gradients(
+            self.tape,
+            [term.outputs for term in self.terms],
+            [
+                (record, own)
+                for record, own, suspect in zip(
+                    self.records, self._own(), suspects, strict=True
+                )
+                if suspect
+            ],
+        )
