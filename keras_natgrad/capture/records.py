@@ -205,8 +205,9 @@ def _inputs(
         return tf.zeros([*layout.lead, batch, 1, layout.rows], dtype)
     parts = [_own_inputs(spec, use) for use in uses]
     if isinstance(parts[0], StructuredRows):
-        merged = _fold(
-            type(parts[0]).join([part.cast(dtype) for part in parts]), batch
+        # Each by itself: another use may have positions of its own.
+        merged = type(parts[0]).join(
+            [part.cast(dtype).fold(batch) for part in parts]
         )
     else:
         merged = _merge([tf.cast(part, dtype) for part in parts], batch)
@@ -236,27 +237,15 @@ def _merge(parts: Sequence[tf.Tensor], batch: tf.Tensor) -> tf.Tensor:
     """Joins the uses of a layer, and puts groups first.
 
     Positions are taken out of a batch axis that they were folded into: a model
-    may reshape `[batch, T, n]` to `[batch · T, n]` before a layer.
+    may reshape `[batch, T, n]` to `[batch · T, n]` before a layer, in some of
+    its uses.
 
     Args:
         parts: Tensors `[batch, shared, (groups,) features]`.
         batch: Number of examples.
     """
-    merged = parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
-    merged = tf.reshape(merged, [batch, -1, *merged.shape[2:]])
+    folded = [tf.reshape(p, [batch, -1, *p.shape[2:]]) for p in parts]
+    merged = folded[0] if len(folded) == 1 else tf.concat(folded, axis=1)
     if merged.shape.rank == 4:
         merged = tf.transpose(merged, [2, 0, 1, 3])
     return merged
-
-
-def _fold(rows: Rows, batch: tf.Tensor) -> Rows:
-    """Takes positions out of the batch axis, as `_merge` does.
-
-    Args:
-        rows: `[(groups,) images, shared, features]`.
-        batch: Number of examples.
-    """
-    if isinstance(rows, StructuredRows):
-        return rows.fold(batch)
-    lead, features = rows.shape[:-3], rows.shape[-1]
-    return tf.reshape(rows, [*lead, batch, -1, features])
