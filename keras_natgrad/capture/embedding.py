@@ -110,8 +110,10 @@ def one_hot_rows(ids: Any, depth: int) -> OneHot:
             "Leave it out with `optimizer.attach(model, exclude=[...])`. "
             f"Received: ids={ids!r}"
         )
-    if not ids.dtype.is_integer:
-        ids = tf.cast(ids, tf.int32)
+    if ids.dtype not in (tf.int32, tf.int64):
+        # TensorFlow takes no others as indices; small ones would overflow.
+        wide = ids.dtype in (tf.uint32, tf.uint64)
+        ids = tf.cast(ids, tf.int64 if wide else tf.int32)
     ids = tf.reshape(ids, [tf.shape(ids)[0], -1])
     ids = tf.where(ids < 0, ids + tf.cast(depth, ids.dtype), ids)
     return OneHot(ids, tf.ones(tf.shape(ids), tf.float32), depth)
