@@ -11,6 +11,7 @@ from keras_natgrad.capture import (
     transposed,  # noqa: F401  (registers)
 )
 from keras_natgrad.capture.layout import ParameterLayout
+from keras_natgrad.capture.ownership import can_be_described
 from keras_natgrad.capture.plan import LayerPlan, Plan, make_plan, match_layers
 from keras_natgrad.capture.reach import (
     check_batched,
@@ -39,6 +40,7 @@ __all__ = [
     "Plan",
     "Taps",
     "applies_matrix",
+    "can_be_described",
     "check_batched",
     "check_gradients",
     "check_reached",

@@ -116,8 +116,11 @@ class LayerRecord:
         Args:
             batch: Number of examples, `None` where it is not known yet.
         """
-        first = [z.shape[0] for z in self.preactivations]
-        return any(n and (not batch or n % batch != 0) for n in first)
+        return any(
+            n and (not batch or n % batch != 0 or _counts_up(use.inputs))
+            for use in self._uses
+            for n in [use.preactivation.shape[0]]
+        )
 
     def canonical_inputs(
         self, dtype: Any, batch: tf.Tensor
@@ -194,6 +197,13 @@ class LayerRecord:
                     total = totals[i]
                     totals[i] = part if total is None else total + part
         return totals
+
+
+def _counts_up(inputs: tf.Tensor) -> bool:
+    """Whether a graph shows integers to be a `range`, of no example."""
+    if tf.executing_eagerly() or not isinstance(inputs, tf.Tensor):
+        return False
+    return bool(inputs.op.type == "Range")
 
 
 def _inputs(

@@ -6,7 +6,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from keras_natgrad.capture import Plan, check_batched, check_reached
+from keras_natgrad.capture import (
+    Plan,
+    can_be_described,
+    check_batched,
+    check_reached,
+)
 
 __all__ = ["check_batched", "check_reached", "warn_of_plan"]
 
@@ -19,9 +24,14 @@ def warn_of_plan(plan: Plan, variables: Sequence[Any]) -> None:
         f"{variables[index].path} ({reason})"
         for index, reason in zip(plan.fallback, plan.reasons, strict=True)
     )
+    advice = ""
+    if any(can_be_described(reason) for reason in plan.reasons):
+        advice = (
+            " Teach the optimizer layers that it does not know with "
+            "`keras_natgrad.register_layer`."
+        )
     warnings.warn(
         "These variables have no captured linear map and get the fallback "
-        f"block: {names}. Teach the optimizer their layers with "
-        "`keras_natgrad.register_layer`.",
+        f"block: {names}.{advice}",
         stacklevel=5,
     )
