@@ -14,10 +14,10 @@ from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.capture.ownership import can_be_described
 from keras_natgrad.capture.plan import LayerPlan, Plan, make_plan, match_layers
 from keras_natgrad.capture.reach import (
+    check_arrivals,
     check_batched,
-    check_gradients,
+    check_called,
     check_reached,
-    is_off_tape,
 )
 from keras_natgrad.capture.records import LayerRecord
 from keras_natgrad.capture.registry import (
@@ -41,10 +41,10 @@ __all__ = [
     "Taps",
     "applies_matrix",
     "can_be_described",
+    "check_arrivals",
     "check_batched",
-    "check_gradients",
+    "check_called",
     "check_reached",
-    "is_off_tape",
     "linear_maps",
     "make_plan",
     "match_layers",

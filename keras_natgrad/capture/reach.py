@@ -27,13 +27,35 @@ def check_batched(records: Sequence[LayerRecord], batch: int | None) -> None:
         )
 
 
-def is_off_tape(
+def check_called(
     tape: tf.GradientTape,
-    record: LayerRecord,
-    cotangents: Sequence[tf.Tensor | None],
-    variables: Sequence[Any],
-) -> bool:
-    """Returns whether a use of a layer was recorded, but not by the tape.
+    outputs: Sequence[tf.Tensor],
+    records: Sequence[LayerRecord],
+    variables: Sequence[Sequence[Any]],
+) -> None:
+    """Raises ValueError if outputs depend on layers that were not called.
+
+    A `tf.function` that was traced before runs without its Python code, so
+    that nothing is recorded.
+
+    Args:
+        tape: Persistent tape of the forward pass.
+        outputs: The network's outputs.
+        records: What the layers did.
+        variables: For each record, those of its matrix.
+    """
+    suspects = [not record.preactivations for record in records]
+    _check_gradients(tape, outputs, records, variables, suspects)
+
+
+def check_arrivals(
+    tape: tf.GradientTape,
+    outputs: Sequence[tf.Tensor],
+    records: Sequence[LayerRecord],
+    variables: Sequence[Sequence[Any]],
+    cotangents: Sequence[Sequence[tf.Tensor | None]],
+) -> None:
+    """Raises ValueError if a layer was recorded, but not by the tape.
 
     Recomputed parts run forward while tapes stand still: no cotangent comes
     to such a pre-activation, although its weights get a gradient. A branch
@@ -42,42 +64,45 @@ def is_off_tape(
 
     Args:
         tape: Persistent tape of the forward pass.
-        record: What the layer did.
-        cotangents: One per use, `None` where none came.
-        variables: Those of the record's matrix.
+        outputs: The network's outputs.
+        records: What the layers did.
+        variables: For each record, those of its matrix.
+        cotangents: For each record one per use, `None` where none came.
     """
-    return any(
-        cotangent is None
-        and all(part is None for part in tape.gradient(z, list(variables)))
-        for z, cotangent in zip(record.preactivations, cotangents, strict=True)
-    )
+    suspects = [
+        any(
+            cotangent is None
+            and all(part is None for part in tape.gradient(z, list(own)))
+            for z, cotangent in zip(record.preactivations, sent, strict=True)
+        )
+        for record, own, sent in zip(
+            records, variables, cotangents, strict=True
+        )
+    ]
+    _check_gradients(tape, outputs, records, variables, suspects)
 
 
-def check_gradients(
+def _check_gradients(
     tape: tf.GradientTape,
     outputs: Sequence[tf.Tensor],
-    suspects: Sequence[tuple[LayerRecord, Sequence[Any]]],
+    records: Sequence[LayerRecord],
+    variables: Sequence[Sequence[Any]],
+    suspects: Sequence[bool],
 ) -> None:
-    """Raises ValueError if layers that nothing came to have a gradient.
+    """Raises ValueError if the outputs depend on suspected layers.
 
-    Without a gradient they are of no use to these outputs, and a Fisher of
-    zero is right.
-
-    Args:
-        tape: Persistent tape of the forward pass.
-        outputs: The network's outputs.
-        suspects: Records that no cotangents came to, and the variables of
-            their matrices.
+    The others are of no use to these outputs, and a Fisher of zero is right.
     """
-    if not suspects:
+    found = [index for index, suspect in enumerate(suspects) if suspect]
+    if not found:
         return
     gradients = tape.gradient(
-        list(outputs), [list(variables) for _, variables in suspects]
+        list(outputs), [list(variables[index]) for index in found]
     )
     _raise_unreached(
         [
-            record.layer.name
-            for (record, _), parts in zip(suspects, gradients, strict=True)
+            records[index].layer.name
+            for index, parts in zip(found, gradients, strict=True)
             if any(part is not None for part in parts)
         ]
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.capture import LayerRecord, check_gradients, is_off_tape
+from keras_natgrad.capture import LayerRecord, check_arrivals, check_called
 from keras_natgrad.curvature.cotangents import OutputTerm, example_weights
 from keras_natgrad.curvature.entry import Entry
 from keras_natgrad.heads.tensors import as_parameters
@@ -73,7 +73,9 @@ class CapturedPass:
         ]
         self.weights = example_weights(terms)
         self._is_checked = False
-        self._check([not record.preactivations for record in self.records])
+        check_called(
+            self.tape, self._outputs(), self.records, self._variables()
+        )
 
     @property
     def is_half(self) -> bool:
@@ -93,14 +95,7 @@ class CapturedPass:
         )
         if not self._is_checked:
             self._is_checked = True
-            self._check(
-                [
-                    is_off_tape(self.tape, record, sent, own)
-                    for record, sent, own in zip(
-                        self.records, gradients, self._own(), strict=True
-                    )
-                ]
-            )
+            self.check_arrivals(range(len(self.records)), gradients)
         canonical = [
             record.canonical_cotangents(g, entry.block.dtype, self.batch)
             for entry, record, g in zip(
@@ -128,23 +123,32 @@ class CapturedPass:
         )
         return Backward(canonical, matrices, sizes)
 
-    def _own(self) -> list[list[Any]]:
+    def check_arrivals(
+        self,
+        indices: Sequence[int],
+        cotangents: Sequence[Sequence[tf.Tensor | None]],
+    ) -> None:
+        """Raises ValueError if cotangents cannot come to some entries.
+
+        Args:
+            indices: Which of the captured entries.
+            cotangents: For each of them one per use, `None` where none came.
+        """
+        variables = self._variables()
+        check_arrivals(
+            self.tape,
+            self._outputs(),
+            [self.records[index] for index in indices],
+            [variables[index] for index in indices],
+            cotangents,
+        )
+
+    def _outputs(self) -> list[tf.Tensor]:
+        return [term.outputs for term in self.terms]
+
+    def _variables(self) -> list[list[Any]]:
         """Returns the variables of every captured entry."""
         return [
             [self.variables[index] for index in entry.variables]
             for entry in self.captured
         ]
-
-    def _check(self, suspects: Sequence[bool]) -> None:
-        """Raises ValueError if suspected layers act on the outputs."""
-        check_gradients(
-            self.tape,
-            [term.outputs for term in self.terms],
-            [
-                (record, own)
-                for record, own, suspect in zip(
-                    self.records, self._own(), suspects, strict=True
-                )
-                if suspect
-            ],
-        )

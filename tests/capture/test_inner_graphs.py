@@ -215,11 +215,14 @@ def test_what_to_write_instead(make):
 
 
 @pytest.mark.parametrize("make", [TracedBefore, Recomputed])
-def test_whole_network_solver(make):
+@pytest.mark.parametrize(
+    "optimizer", [kng.NaturalGradient, lambda: kng.RNGD(horizon="full")]
+)
+def test_other_optimizers(make, optimizer):
     model = make()
     x = np.random.default_rng(0).normal(size=(BATCH, 2))
     model(x)
-    model.compile(kng.NaturalGradient().attach(model), loss="mse")
+    model.compile(optimizer().attach(model), loss="mse", jit_compile=False)
     with pytest.raises(ValueError, match=UNREACHED):
         model.train_on_batch(x, x[:, :1])
 
