@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_natgrad._compat import flatten_layers
-from keras_natgrad.capture import Taps, make_plan, match_layers
+from keras_natgrad.capture import (
+    Taps,
+    check_batched,
+    check_reached,
+    make_plan,
+    match_layers,
+)
 from keras_natgrad.curvature import (
     FISHER_KINDS,
     BlockDiagonal,
@@ -57,7 +64,8 @@ def fisher(
         A `tf.linalg.LinearOperator` on the row-major flattened
         `[n (+1), m]` parameters, or a dictionary of them by layer path.
         Variables that no captured layer owns have their diagonal, by
-        variable path.
+        variable path. A further matrix of a layer has its variable's path;
+        of several layers with one path, the second has `"#2"` after it.
 
     Raises:
         ValueError: If a name is unknown, the head does not fit, or both
@@ -112,13 +120,15 @@ def fisher(
         tf.GradientTape(persistent=True) as tape,
     ):
         outputs = model(x, training=False)
+    terms = mean_terms(outputs, head)
+    matched = match_layers(plan, model, variables)
+    records = [taps.record(layer_of, index) for layer_of, index in matched]
+    check_reached(records)
+    check_batched(records, terms[0].outputs.shape[0])
     captured = CapturedPass(
         tape,
-        mean_terms(outputs, head),
-        [
-            taps.record(layer_of, index)
-            for layer_of, index in match_layers(plan, model, variables)
-        ],
+        terms,
+        records,
         curvature.entries,
         [variable.value for variable in variables],
     )
@@ -133,13 +143,15 @@ def fisher(
     if curvature.update_bases():
         # Second moments in the bases that the first pass has given.
         accumulate()
-    operators = {}
-    for entry in curvature.entries:
-        path = variables[entry.variables[0]].path
-        name = path if entry.layer is None else entry.layer.path
-        if name in operators:  # A layer with several matrices.
-            name = path
-        operators[name] = entry.block.operator()
+    operators: dict[str, Any] = {}
+    named = set()
+    owners = [id(layer_of) for layer_of, _ in matched]
+    for entry, owner in zip_longest(curvature.entries, owners):
+        name = variables[entry.variables[0]].path
+        if entry.layer is not None and owner not in named:
+            name = entry.layer.path
+            named.add(owner)
+        operators[_unique(name, operators)] = entry.block.operator()
     if layer is not None:
         return _select(operators, layer)
     if combine:
@@ -147,6 +159,19 @@ def fisher(
             list(operators.values()), is_self_adjoint=True
         )
     return operators
+
+
+def _unique(name: str, taken: dict[str, Any]) -> str:
+    """Returns the name, with a number where it is taken.
+
+    Layers inside a layer may share a path: Keras gives what is called
+    `"dense"` by hand no number.
+    """
+    numbered, count = name, 1
+    while numbered in taken:
+        count += 1
+        numbered = f"{name}#{count}"
+    return numbered
 
 
 def _select(operators: dict[str, Any], layer: str) -> Any:

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from scipy.linalg import block_diag
 
 import keras_natgrad as kng
 from tests.reference import fisher as reference
@@ -116,6 +117,57 @@ def test_one_layer_and_combination(model):
     np.testing.assert_allclose(whole[:16, :16], first)
     np.testing.assert_allclose(whole[16:, 16:], second)
     np.testing.assert_array_equal(whole[:16, 16:], np.zeros((16, 10)))
+
+
+class SameNames(keras.layers.Layer):
+    """Layers inside a layer whose names are given by hand."""
+
+    def __init__(self):
+        super().__init__(name="outer")
+        self.parts = [
+            keras.layers.Dense(3, "tanh", name="d"),
+            keras.layers.Dense(3, "tanh", name="d"),
+            Unknown(name="u"),
+            keras.layers.Dense(3, "tanh", name="d"),
+            Unknown(name="u"),
+        ]
+
+    def build(self, shape):
+        for layer in self.parts:
+            layer.build(shape)
+
+    def call(self, x):
+        for layer in self.parts:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_share_a_path():
+    """They have the operators that they have with names of their own."""
+    model = keras.Sequential([keras.Input((3,)), SameNames()])
+    randomize(model)
+    operators = kng.fisher(model, X, HEADS["normal"])
+    assert [name.split("outer/")[1] for name in operators] == [
+        *("d", "d#2", "d#3", "u/gamma", "u/beta", "u/gamma#2", "u/beta#2")
+    ]
+    other = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(3, "tanh"),
+            keras.layers.Dense(3, "tanh"),
+            Unknown(),
+            keras.layers.Dense(3, "tanh"),
+            Unknown(),
+        ]
+    )
+    other.set_weights(model.get_weights())
+    expected = list(kng.fisher(other, X, HEADS["normal"]).values())
+    # Keras lists the layers inside a layer backwards.
+    expected = [each.to_dense() for each in expected[2::-1] + expected[3:]]
+    for operator, matrix in zip(operators.values(), expected, strict=True):
+        np.testing.assert_allclose(operator.to_dense(), matrix, rtol=1e-12)
+    whole = kng.fisher(model, X, HEADS["normal"], combine=True).to_dense()
+    np.testing.assert_allclose(whole, block_diag(*expected), rtol=1e-12)
 
 
 def test_two_outputs(model):

@@ -108,8 +108,19 @@ class Block(abc.ABC):
     options: tuple[str, ...] = ()
     #: Whether it can treat a matrix that is used as its transpose too.
     treats_two_way = False
+    #: Whether it can treat a layer with a matrix per group of features.
+    treats_groups = False
 
     def __init__(self, shape: BlockShape) -> None:
+        if shape.groups is not None and not self.treats_groups:
+            raise ValueError(
+                f"The block {self.kind!r} is not for a layer with groups, each "
+                "with a matrix of its own (normalisation, grouped and "
+                "depthwise convolutions); use 'kronecker', 'diagonal' or "
+                "'full', or name the layers that get this block: "
+                f'`block={{"dense*": {self.kind!r}}}`. '
+                f"Received: shape={shape!r}"
+            )
         if shape.two_way and not self.treats_two_way:
             raise ValueError(
                 f"The block {self.kind!r} is not for a matrix that is used as "

@@ -96,6 +96,7 @@ class DiagonalBlock(DiagonalCurvature):
 
     kind = "diagonal"
     treats_two_way = True
+    treats_groups = True
 
     @override
     def cotangent_statistics(

@@ -80,6 +80,7 @@ class EigenBlock(Block):
     """
 
     kind = "eigen"
+    treats_groups = True
     options = ("weight_sharing", "max_factor_size")
 
     def __init__(

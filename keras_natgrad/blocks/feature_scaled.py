@@ -46,6 +46,7 @@ class FeatureScaledBlock(KroneckerBlock):
     """
 
     kind = "feature_scaled"
+    treats_groups = False
     options = ("weight_sharing", "max_factor_size")
 
     def __init__(
@@ -66,10 +67,14 @@ class FeatureScaledBlock(KroneckerBlock):
     def build_state(self) -> None:
         super().build_state()
         rows = (self.shape.rows,)
+        magnitude = self.add_average("magnitude", rows)
         # Averages stand in the order of the statistics: those of the inputs
         # before those of the cotangents.
-        self.add_average("magnitude", rows)
-        self._averages.insert(1, self._averages.pop())
+        self._averages = [
+            self._input.average,
+            magnitude,
+            self._output.average,
+        ]
         self._metric: keras.Variable = self.add_cache("metric", rows)
 
     @override

@@ -27,6 +27,7 @@ class FullBlock(Block):
 
     kind = "full"
     treats_two_way = True
+    treats_groups = True
 
     @override
     def build_state(self) -> None:

@@ -22,6 +22,7 @@ class IdentityBlock(Block):
     kind = "identity"
     uses_cotangents = False
     treats_two_way = True
+    treats_groups = True
 
     @override
     def build_state(self) -> None:

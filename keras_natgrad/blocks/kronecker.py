@@ -104,6 +104,7 @@ class KroneckerBlock(Block):
     """
 
     kind = "kronecker"
+    treats_groups = True
     options: tuple[str, ...] = ("weight_sharing", "max_factor_size", "sides")
 
     def __init__(

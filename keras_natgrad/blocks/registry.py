@@ -1,4 +1,4 @@
-"""Block names: what `blocks=` and `approximation=` accept."""
+"""Block names: what `block=` and `approximation=` accept."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def register_block(name: str) -> Any:
     """Decorator that makes a `Block` subclass available under `name`.
 
     Args:
-        name: Name to write in `blocks=` or `approximation=`.
+        name: Name to write in `block=` or `approximation=`.
 
     Returns:
         The class decorator.

@@ -22,35 +22,36 @@ class UnitwiseBlock(UnitMetricBlock):
     theirs, group by group in the order of their indices.
 
     Cost: `G N n²` for the statistics, `G n³` for a refresh, `n² m` to
-    precondition, `2 G n²` memory, with G groups.
+    precondition, `2 G n²` memory, with G metrics.
 
     Args:
         shape: `BlockShape`.
-        groups: Most groups that may share a metric; by default one per unit.
+        metric_count: Most metrics to keep, each shared by a group of units;
+            by default one per unit.
         **kwargs: See `MetricBlock`.
     """
 
     kind = "unitwise"
 
     def __init__(
-        self, shape: BlockShape, groups: int | None = None, **kwargs: Any
+        self, shape: BlockShape, metric_count: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(shape, **kwargs)
-        most = shape.columns if groups is None else groups
+        most = shape.columns if metric_count is None else metric_count
         if not 1 <= most <= shape.columns:
             raise ValueError(
-                "`groups` must lie between 1 and the number of units, "
-                f"{shape.columns}. Received: groups={groups!r}"
+                "`metric_count` must lie between 1 and the number of units, "
+                f"{shape.columns}. Received: metric_count={metric_count!r}"
             )
         #: Units per group; the last one may have fewer.
         self.group_size = -(-shape.columns // most)
-        #: Number of groups.
-        self.groups = -(-shape.columns // self.group_size)
+        #: Number of groups of units that share a metric.
+        self.metric_count = -(-shape.columns // self.group_size)
 
     @override
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        return (self.groups, self.shape.rows, self.shape.rows)
+        return (self.metric_count, self.shape.rows, self.shape.rows)
 
     @override
     @classmethod
@@ -61,20 +62,20 @@ class UnitwiseBlock(UnitMetricBlock):
     def _shares(self) -> np.ndarray:
         """`[columns, groups]`: takes the mean over the units of each group."""
         group = np.arange(self.shape.columns) // self.group_size
-        members = np.eye(self.groups)[group]
+        members = np.eye(self.metric_count)[group]
         return members / members.sum(axis=0)
 
     @override
     def metrics_of(
         self, inputs: tf.Tensor, moment: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        if self.groups < self.shape.columns:
+        if self.metric_count < self.shape.columns:
             shares = tf.constant(self._shares, moment.dtype)
             moment = tf.matmul(moment, shares)
         # All groups in one product: [G n, N] times [N, n].
         rows = self.shape.rows
         scaled = moment[:, :, tf.newaxis] * inputs[:, tf.newaxis]
-        scaled = tf.reshape(scaled, [-1, self.groups * rows])
+        scaled = tf.reshape(scaled, [-1, self.metric_count * rows])
         product = tf.matmul(scaled, inputs, transpose_a=True)
         return (tf.reshape(product, self.state_shape),)
 
@@ -84,7 +85,7 @@ class UnitwiseBlock(UnitMetricBlock):
     ) -> tuple[tf.Tensor, ...]:
         by_unit = tf.transpose(gradients, [2, 0, 1])
         metrics = tf.matmul(by_unit, by_unit, transpose_a=True)
-        if self.groups == self.shape.columns:
+        if self.metric_count == self.shape.columns:
             return (metrics,)
         shares = tf.constant(self._shares, gradients.dtype)
         return (tf.einsum("jab,jk->kab", metrics, shares),)
@@ -97,14 +98,14 @@ class UnitwiseBlock(UnitMetricBlock):
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
         inverse = self._inverse.value
-        if self.groups == 1:
+        if self.metric_count == 1:
             return tf.matmul(inverse[0], gradient)
         rows, columns = self.shape.rows, self.shape.columns
-        missing = self.groups * self.group_size - columns
+        missing = self.metric_count * self.group_size - columns
         units = transposed(gradient)
         if missing:
             units = tf.pad(units, [[0, missing], [0, 0]])
-        units = tf.reshape(units, [self.groups, self.group_size, rows])
+        units = tf.reshape(units, [self.metric_count, self.group_size, rows])
         # The inverses are symmetric: (P g)ᵀ = gᵀ P.
         solved = tf.reshape(tf.matmul(units, inverse), [-1, rows])
         return transposed(solved[:columns] if missing else solved)
@@ -113,7 +114,7 @@ class UnitwiseBlock(UnitMetricBlock):
     def operator(self) -> tf.linalg.LinearOperator:
         (metric,) = self.averages()
         rows, columns = self.shape.rows, self.shape.columns
-        if self.groups == 1:
+        if self.metric_count == 1:
             return kronecker_operator(
                 tf.linalg.LinearOperatorFullMatrix(
                     metric[0], is_self_adjoint=True
@@ -151,9 +152,9 @@ class UnitwiseBlock(UnitMetricBlock):
     @override
     def describe_state(self) -> str:
         size = f"{self.shape.rows}²"
-        if self.groups == self.shape.columns:
+        if self.metric_count == self.shape.columns:
             return f"{size} per unit"
-        if self.groups == 1:
+        if self.metric_count == 1:
             return f"{size} for all units"
         return f"{size} per group of {self.group_size} units"
 

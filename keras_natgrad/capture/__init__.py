@@ -11,7 +11,15 @@ from keras_natgrad.capture import (
     transposed,  # noqa: F401  (registers)
 )
 from keras_natgrad.capture.layout import ParameterLayout
+from keras_natgrad.capture.ownership import can_be_described
 from keras_natgrad.capture.plan import LayerPlan, Plan, make_plan, match_layers
+from keras_natgrad.capture.reach import (
+    check_arrivals,
+    check_batched,
+    check_called,
+    check_reached,
+)
+from keras_natgrad.capture.records import LayerRecord
 from keras_natgrad.capture.registry import (
     LinearMap,
     NotCaptured,
@@ -20,7 +28,7 @@ from keras_natgrad.capture.registry import (
     register_layer,
 )
 from keras_natgrad.capture.tape import CurvatureTape
-from keras_natgrad.capture.taps import LayerRecord, Taps
+from keras_natgrad.capture.taps import Taps
 
 __all__ = [
     "CurvatureTape",
@@ -32,6 +40,11 @@ __all__ = [
     "Plan",
     "Taps",
     "applies_matrix",
+    "can_be_described",
+    "check_arrivals",
+    "check_batched",
+    "check_called",
+    "check_reached",
     "linear_maps",
     "make_plan",
     "match_layers",

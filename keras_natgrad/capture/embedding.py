@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,16 +20,12 @@ from keras_natgrad.linalg import OneHot
 
 
 @register_layer(keras.layers.Embedding)
-def describe_embedding(
-    layer: keras.layers.Embedding,
-) -> LinearMap | NotCaptured:
+def describe_embedding(layer: keras.layers.Embedding) -> LinearMap:
     """`z[b, ..., :] = e_id E`: the inputs are one-hot vectors.
 
     An integer of a masked token looks up its row like any other; where the
     mask keeps it out of the loss its cotangent is zero.
     """
-    if _is_built_without_batch(layer):
-        return NotCaptured("looked up by integers without a batch axis")
     return _lookup(layer)
 
 
@@ -110,20 +106,10 @@ def one_hot_rows(ids: Any, depth: int) -> OneHot:
             "Leave it out with `optimizer.attach(model, exclude=[...])`. "
             f"Received: ids={ids!r}"
         )
-    if not ids.dtype.is_integer:
-        ids = tf.cast(ids, tf.int32)
+    if ids.dtype not in (tf.int32, tf.int64):
+        # TensorFlow takes no others as indices; small ones would overflow.
+        wide = ids.dtype in (tf.uint32, tf.uint64)
+        ids = tf.cast(ids, tf.int64 if wide else tf.int32)
     ids = tf.reshape(ids, [tf.shape(ids)[0], -1])
     ids = tf.where(ids < 0, ids + tf.cast(depth, ids.dtype), ids)
     return OneHot(ids, tf.ones(tf.shape(ids), tf.float32), depth)
-
-
-def _is_built_without_batch(layer: keras.layers.Embedding) -> bool:
-    """Returns whether the layer was built on a fixed list of integers.
-
-    An embedding of positions is often called on `range(length)`, and its
-    output added to every example: the cotangents of the examples arrive as
-    one sum.
-    """
-    config: dict[str, Any] = layer.get_build_config() or {}
-    shape: Sequence[Any] = config.get("input_shape") or ()
-    return len(shape) == 1 and shape[0] is not None

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.capture.taps import LayerRecord
+from keras_natgrad.capture.records import LayerRecord
 from keras_natgrad.linalg import slopes
 
 _DTYPE = tf.float32
@@ -63,7 +63,9 @@ def _exact(
     record: LayerRecord, cotangents: Sequence[tf.Tensor | None]
 ) -> list[tf.Tensor]:
     """Returns `Σ_n Σ_s ā gᵀ` in float32, as tensors like the variables."""
-    batch = tf.shape(record.preactivations[0])[0]
+    # All is summed, so that nobody asks which example is whose: one example
+    # holds the positions of all, also where uses differ in their first axis.
+    batch = tf.constant(1)
     inputs = record.canonical_inputs(_DTYPE, batch)
     canonical = record.canonical_cotangents(cotangents, _DTYPE, batch)
     layout = record.spec.layout

@@ -17,6 +17,13 @@ import tensorflow as tf
 from keras_natgrad._compat import flatten_layers, takes_argument
 from keras_natgrad.capture.registry import may_support
 
+# Operations of functional models that leave the batch axis alone.
+_ELEMENTWISE = {
+    *("Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Negative"),
+    *("Maximum", "Minimum", "Absolute", "Square", "Sqrt", "Exp", "Log"),
+    *("Relu", "Gelu", "Silu", "Elu", "Sigmoid", "Softplus", "Tanh"),
+}
+
 
 def unreachable_layers(model: keras.Model) -> dict[int, str]:
     """Returns why layers of a built model cannot be recorded, by their id.
@@ -57,7 +64,9 @@ def can_fold(layer: keras.layers.TimeDistributed) -> bool:
     Folding time steps into the batch changes nothing where the wrapped layer
     treats examples independently and draws no random numbers. That is taken
     to hold for registered layers and for those of Keras without state;
-    batch statistics and the seeds of dropout are state.
+    batch statistics and the seeds of dropout are state. Functions of a user's
+    own may do anything to the batch, and the penalty of an
+    `activity_regularizer` is a mean over the batch, one for each time step.
     """
     inner = [layer.layer, *flatten_layers(layer.layer)]
     return any(may_support(each) for each in inner) and all(
@@ -66,6 +75,16 @@ def can_fold(layer: keras.layers.TimeDistributed) -> bool:
 
 
 def _treats_examples_independently(layer: keras.layers.Layer) -> bool:
+    if isinstance(layer, keras.layers.Lambda) or layer.activity_regularizer:
+        return False
+    # The operations of a functional model that are not layers.
+    operations = [
+        operation
+        for operation in getattr(layer, "operations", ())
+        if not isinstance(operation, keras.layers.Layer)
+    ]
+    if any(type(each).__name__ not in _ELEMENTWISE for each in operations):
+        return False
     known = may_support(layer) or type(layer).__module__.startswith("keras.")
     return known and all(variable.trainable for variable in layer.variables)
 

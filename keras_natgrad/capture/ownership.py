@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import keras
 
 from keras_natgrad._compat import flatten_layers
-from keras_natgrad.capture.registry import linear_maps, why_not_captured
+from keras_natgrad.capture.registry import (
+    linear_maps,
+    may_support,
+    why_not_captured,
+)
+
+# How the reason of a variable ends whose layer nobody described.
+_UNDESCRIBED = "variable without a captured linear map"
 
 
 def owners_of_variables(
@@ -45,8 +52,20 @@ def why_not_owned(owners: Sequence[keras.layers.Layer]) -> str:
         names = " and ".join(sorted(layer.name for layer in owners))
         return f"variable shared by the layers {names}"
     if not owners:
-        return "model variable without a captured linear map"
+        return f"model {_UNDESCRIBED}"
+    name = type(owners[0]).__name__
     why = why_not_captured(owners[0])
     if why is not None:
-        return f"{type(owners[0]).__name__}: {why}"
-    return f"{type(owners[0]).__name__} variable without a captured linear map"
+        return f"{name}: {why}"
+    if may_support(owners[0]):
+        return f"{name}: its settings are not covered"
+    return f"{name} {_UNDESCRIBED}"
+
+
+def can_be_described(reason: str) -> bool:
+    """Returns whether describing a layer would capture its variable.
+
+    Args:
+        reason: Why the variable falls back.
+    """
+    return reason.endswith(_UNDESCRIBED) and not reason.startswith("model ")

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_natgrad._compat import flatten_layers, special_computation
+from keras_natgrad.capture.fixed_integers import embeddings_without_batch
 from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.capture.loops import unreachable_layers
 from keras_natgrad.capture.ownership import owners_of_variables, why_not_owned
@@ -170,7 +171,10 @@ def make_plan(
     found = flatten_layers(model)
     labels = [LayerLabel.of(layer) for layer in found]
     check_patterns(patterns, labels, "exclude")
-    unreachable = unreachable_layers(model)
+    unreachable = {
+        **embeddings_without_batch(model),
+        **unreachable_layers(model),
+    }
     readers = readers_of_inputs(model)
     layers: list[LayerPlan] = []
     owners = owners_of_variables(model)

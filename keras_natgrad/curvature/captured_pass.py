@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.capture import LayerRecord
+from keras_natgrad.capture import LayerRecord, check_arrivals, check_called
 from keras_natgrad.curvature.cotangents import OutputTerm, example_weights
 from keras_natgrad.curvature.entry import Entry
 from keras_natgrad.heads.tensors import as_parameters
@@ -43,6 +43,10 @@ class CapturedPass:
         variables: All variables, as `tf.Variable`s.
         share: This replica's share of the examples' weights, `None` where
             there is one replica.
+
+    Raises:
+        ValueError: If the outputs depend on the weights of a layer that was
+            not recorded, or (in `backward`) not by the tape.
     """
 
     def __init__(
@@ -68,6 +72,10 @@ class CapturedPass:
             for entry, record in zip(self.captured, self.records, strict=True)
         ]
         self.weights = example_weights(terms)
+        self._is_checked = False
+        check_called(
+            self.tape, self._outputs(), self.records, self._variables()
+        )
 
     @property
     def is_half(self) -> bool:
@@ -85,6 +93,9 @@ class CapturedPass:
             ([list(record.preactivations) for record in self.records], rest),
             output_gradients=list(cotangents),
         )
+        if not self._is_checked:
+            self._is_checked = True
+            self.check_arrivals(range(len(self.records)), gradients)
         canonical = [
             record.canonical_cotangents(g, entry.block.dtype, self.batch)
             for entry, record, g in zip(
@@ -111,3 +122,33 @@ class CapturedPass:
             ]
         )
         return Backward(canonical, matrices, sizes)
+
+    def check_arrivals(
+        self,
+        indices: Sequence[int],
+        cotangents: Sequence[Sequence[tf.Tensor | None]],
+    ) -> None:
+        """Raises ValueError if cotangents cannot come to some entries.
+
+        Args:
+            indices: Which of the captured entries.
+            cotangents: For each of them one per use, `None` where none came.
+        """
+        variables = self._variables()
+        check_arrivals(
+            self.tape,
+            self._outputs(),
+            [self.records[index] for index in indices],
+            [variables[index] for index in indices],
+            cotangents,
+        )
+
+    def _outputs(self) -> list[tf.Tensor]:
+        return [term.outputs for term in self.terms]
+
+    def _variables(self) -> list[list[Any]]:
+        """Returns the variables of every captured entry."""
+        return [
+            [self.variables[index] for index in entry.variables]
+            for entry in self.captured
+        ]

@@ -37,6 +37,9 @@ _AUTO = "auto"
 # The two names of each block that is made of one Kronecker product. For all
 # layers, they leave those with a block of their own with it.
 _KRONECKER = ("kronecker", "kfac", "eigen", "ekfac")
+# The two names of the block of the inputs alone, which has one matrix. For all
+# layers, it leaves those with groups and those used both ways with their own.
+_INPUT_FACTOR = ("input_factor", "foof")
 # One name for all layers, or one per pattern.
 Choices: TypeAlias = str | Mapping[Any, str]
 
@@ -52,7 +55,8 @@ class BlockOptions:
             `"feature_scaled"` for dense layers that read the model's inputs,
             `"kronecker"` for the rest. With both of these and with
             `"ekfac"`, layers that a Kronecker product does not suit get their
-            own block.
+            own block. With `"input_factor"` for all layers, those with
+            groups keep their default, as do tied embeddings.
         weight_sharing: `"expand"` or `"reduce"`, for Kronecker factors, or a
             dictionary likewise.
         max_factor_size: Largest side of a dense Kronecker factor.
@@ -124,6 +128,9 @@ class BlockOptions:
                 return chosen
         if chosen in (_AUTO, *_KRONECKER) and layer.block:
             return layer.block
+        layout = layer.layout
+        if chosen in _INPUT_FACTOR and (layout.groups or layout.two_way):
+            return layer.block or "kronecker"
         if chosen == _AUTO:
             scaled = layer.reads_inputs and not layer.layout.two_way
             return "feature_scaled" if scaled else "kronecker"

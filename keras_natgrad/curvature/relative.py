@@ -358,6 +358,7 @@ def _send_back(
         [list(record.preactivations) for record in records],
         output_gradients=list(cotangents),
     )
+    captured.check_arrivals(members, gradients)
     return [
         record.canonical_cotangents(
             g, captured.captured[index].block.dtype, captured.batch

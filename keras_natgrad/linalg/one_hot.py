@@ -18,8 +18,8 @@ class OneHot(StructuredRows):
     tensor.
 
     Args:
-        indices: Integer tensor `[batch, shared]`, in `[0, depth)`; a row
-            whose index lies outside is zero.
+        indices: int32 or int64 tensor `[batch, shared]`, in `[0, depth)`; a
+            row whose index lies outside is zero.
         values: Tensor `[batch, shared]`.
         depth: Length of the vectors.
     """
@@ -116,8 +116,11 @@ class OneHot(StructuredRows):
     @override
     @classmethod
     def join(cls, parts: Sequence[Self]) -> OneHot:
+        indices = [part.indices for part in parts]
+        if len({each.dtype for each in indices}) > 1:
+            indices = [tf.cast(each, tf.int64) for each in indices]
         return OneHot(
-            tf.concat([part.indices for part in parts], axis=1),
+            tf.concat(indices, axis=1),
             tf.concat([part.values for part in parts], axis=1),
             parts[0].depth,
         )

@@ -6,31 +6,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from keras_natgrad.capture import LayerRecord, Plan
+from keras_natgrad.capture import (
+    Plan,
+    can_be_described,
+    check_batched,
+    check_reached,
+)
 
-
-def check_reached(records: Sequence[LayerRecord]) -> None:
-    """Raises ValueError if a planned layer ran in a graph of its own."""
-    lost = [record.layer.name for record in records if record.lost]
-    if lost:
-        raise ValueError(
-            "These layers run inside a loop or a tf.function of their own, "
-            f"where their curvature cannot be reached: {lost}. Leave them out "
-            f"with `optimizer.attach(model, exclude={lost})`; they then get "
-            "the fallback block."
-        )
-
-
-def check_batched(records: Sequence[LayerRecord], batch: int | None) -> None:
-    """Raises ValueError if a planned layer saw inputs without a batch axis."""
-    names = [r.layer.name for r in records if r.lacks_batch(batch)]
-    if names:
-        raise ValueError(
-            "These layers are called on inputs without the batch axis, where "
-            f"the examples cannot be told apart: {names}. Leave them out with "
-            f"`optimizer.attach(model, exclude={names})`; they then get the "
-            "fallback block."
-        )
+__all__ = ["check_batched", "check_reached", "warn_of_plan"]
 
 
 def warn_of_plan(plan: Plan, variables: Sequence[Any]) -> None:
@@ -41,9 +24,14 @@ def warn_of_plan(plan: Plan, variables: Sequence[Any]) -> None:
         f"{variables[index].path} ({reason})"
         for index, reason in zip(plan.fallback, plan.reasons, strict=True)
     )
+    advice = ""
+    if any(can_be_described(reason) for reason in plan.reasons):
+        advice = (
+            " Teach the optimizer layers that it does not know with "
+            "`keras_natgrad.register_layer`."
+        )
     warnings.warn(
         "These variables have no captured linear map and get the fallback "
-        f"block: {names}. Teach the optimizer their layers with "
-        "`keras_natgrad.register_layer`.",
+        f"block: {names}.{advice}",
         stacklevel=5,
     )

@@ -172,3 +172,12 @@ def test_patches_are_as_good_as_the_tensor(
         found.append(block.to_dense())
     assert np.linalg.norm(found[1]) > 1.0
     np.testing.assert_allclose(*found, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "kind", ["coupled", "unitwise", "input_factor", "foof", "feature_scaled"]
+)
+def test_blocks_of_one_matrix_refuse_groups(kind):
+    """They would add up what belongs to matrices of their own."""
+    with pytest.raises(ValueError, match=r"'kronecker'.*Received: shape=.*=3"):
+        create(kind, BlockShape(ROWS, COLUMNS, GROUPS))

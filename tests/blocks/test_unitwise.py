@@ -83,8 +83,8 @@ def test_description(groups, text, build_block):
 
 
 @pytest.mark.parametrize("groups", [0, 6])
-def test_bad_groups(groups):
-    with pytest.raises(ValueError, match=f"`groups`.*groups={groups}"):
+def test_bad_metric_count(groups):
+    with pytest.raises(ValueError, match=f"`metric_count`.*count={groups}"):
         UnitwiseBlock(BlockShape(ROWS, COLUMNS), groups)
 
 

@@ -68,9 +68,47 @@ def test_integers_of_any_kind():
     ids = np.array([[-1, 2], [-DEPTH, 1]])
     randomized(layer, ids)
     check(layer, [layer], ids)
-    for dtype in ("int64", "int8", "uint8", "float32"):
-        found = one_hot_rows(tf.constant([[1, 4]], dtype), DEPTH)
-        np.testing.assert_array_equal(found.indices, [[1, 4]])
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("int8", "int16", "int32", "int64"),
+        *("uint8", "uint16", "uint32", "uint64", "float32"),
+    ],
+)
+def test_integers_of_any_size(dtype):
+    """The vocabulary may be larger than the largest integer, too."""
+    depth = 300
+    ids = tf.constant([[1, 4], [100, 1]], dtype)
+    rows = one_hot_rows(ids, depth)
+    dense = np.eye(depth)[np.asarray(ids, int)]
+    np.testing.assert_array_equal(rows.to_dense(), dense)
+    moment = dense.reshape(4, depth).T @ dense.reshape(4, depth)
+    np.testing.assert_array_equal(rows.second_moment(), moment)
+    np.testing.assert_array_equal(rows.squares(), np.diag(moment))
+    g = np.random.default_rng(0).normal(size=(2, 2, FEATURES))
+    sums = np.einsum("nsr,nsm->nrm", dense, g)
+    np.testing.assert_allclose(
+        rows.cast("float64").gradient_squares(tf.constant(g)),
+        np.square(sums).sum(axis=0),
+    )
+    np.testing.assert_allclose(
+        rows.cast("float64").matmul(tf.eye(depth, dtype="float64")), dense
+    )
+
+
+@pytest.mark.parametrize("dtypes", [("int32", "int64"), ("uint8", "int64")])
+def test_uses_with_integers_of_different_sizes(dtypes):
+    layer = layers.Embedding(DEPTH, FEATURES)
+    randomized(layer, tokens(4, 3))
+
+    def model(ids):
+        uses = [layer(tf.cast(ids, dtype)) for dtype in dtypes]
+        return tf.concat(uses, axis=1)
+
+    check(model, [layer], tokens(4, 3))
+    check_examples(model, [layer], tokens(4, 3))
 
 
 def test_integers_out_of_range_look_up_nothing():

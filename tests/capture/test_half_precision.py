@@ -137,6 +137,20 @@ def test_several_uses(policy):
     assert_unrounded(gradients[id(shared.kernel)], expected)
 
 
+def test_uses_with_and_without_a_folded_batch(policy):
+    """Their first axes differ."""
+    shared = keras.layers.Dense(4, "tanh", dtype=policy)
+    inputs = keras.Input((3, 4))
+    hidden = keras.ops.reshape(
+        shared(keras.ops.reshape(inputs, (-1, 4))), (-1, 12)
+    )
+    model = keras.Model(inputs, shared(hidden[:, :4]))
+    tape, loss, gradients = taped(model, RNG.normal(size=(16, 3, 4)))
+    uses = zip(*cotangents(tape, loss, shared), strict=True)
+    expected = sum(x.T @ g for x, g in uses)
+    assert_unrounded(gradients[id(shared.kernel)], expected)
+
+
 def test_penalties_and_other_uses_stay(policy):
     model = dense_model(policy, kernel_regularizer=keras.regularizers.L2(0.1))
     first = model.layers[0]

@@ -184,6 +184,56 @@ def test_layers_that_may_not_be_folded(name):
     assert len(taps.record(dense[0]).preactivations) == 4
 
 
+def penalised():
+    return keras.Sequential(
+        [layers.Dense(4, activity_regularizer="l2"), layers.Dense(2)]
+    )
+
+
+def centred(x):
+    return x - keras.ops.mean(x, axis=0, keepdims=True)
+
+
+def with_lambda():
+    return keras.Sequential([layers.Dense(2), layers.Lambda(centred)])
+
+
+def functional(function):
+    source = keras.Input((3,))
+    return keras.Model(source, function(layers.Dense(2)(source)))
+
+
+@pytest.mark.parametrize("steps", [None, 4])
+@pytest.mark.parametrize(
+    ("inner", "folds"),
+    [
+        (penalised, False),
+        (lambda: layers.Dense(2, activity_regularizer="l2"), False),
+        (
+            lambda: keras.Sequential(
+                [layers.Dense(2), layers.ActivityRegularization(0.1)]
+            ),
+            False,
+        ),
+        (with_lambda, False),
+        (lambda: functional(centred), False),
+        (lambda: functional(lambda x: x + keras.ops.relu(x) * x), True),
+    ],
+    ids=["penalty", "own penalty", "layer", "lambda", "operations", "sum"],
+)
+def test_the_forward_pass_stays_as_it_is(inner, folds, steps):
+    """Outputs and penalties are those of the loop, tapped or not."""
+    model = distributed(inner(), steps)
+    assert can_fold(model.layers[0]) == folds
+    x = tf.constant(inputs(5, 4, 3))
+    expected = model(x)
+    penalties = [float(loss) for loss in model.losses]
+    with Taps(flatten_layers(model)):
+        found = model(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(model.losses, penalties, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("inner", "uses"), [(lambda: layers.Dense(2), 1), (nested, 4)]
 )

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_natgrad as kng
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture import Taps
 from tests.reference.bridge import mlp, randomize
 from tests.reference.unknown import Unknown
 
-from .conftest import check
+from .conftest import check, check_both, randomized
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -62,6 +63,53 @@ def test_shared_layer_on_different_lengths():
     randomize(model)
     (record,) = check(model, [tied], [inputs(5, 4, 3), inputs(5, 3)])
     assert record.canonical_inputs("float64", 5).shape == (5, 6, 4)
+
+
+def direct_and_folded(layer, first, sides):
+    """Calls a layer on the first part of x, and on all parts in the batch."""
+
+    def model(x):
+        part = x[:, 0]
+        rest = tf.reshape(x, [-1, *sides])
+        calls = [part, rest] if first == "direct" else [rest, part]
+        outputs = [tf.reshape(layer(each), [len(x), -1]) for each in calls]
+        return tf.concat(outputs, axis=1)
+
+    return model
+
+
+@pytest.mark.parametrize("first", ["direct", "folded"])
+@pytest.mark.parametrize(
+    ("make", "sides"),
+    [
+        (lambda: keras.layers.Dense(2), (3,)),
+        (lambda: keras.layers.EinsumDense("bd,de->be", 2), (3,)),
+        (lambda: keras.layers.LayerNormalization(), (3,)),
+        (lambda: keras.layers.Conv2D(2, 2), (3, 4, 2)),
+        (lambda: keras.layers.Conv2D(2, 2, groups=2), (3, 4, 2)),
+        (lambda: keras.layers.Embedding(5, 3), (3,)),
+    ],
+)
+def test_uses_with_and_without_a_folded_batch(make, sides, first):
+    """Positions are taken out of the batch use by use."""
+    layer = make()
+    shape = (4, 2, *sides)
+    x = inputs(*shape)
+    if isinstance(layer, keras.layers.Embedding):
+        x = np.random.default_rng(0).integers(0, 5, size=shape)
+    randomized(layer, x[:, 0])
+    check_both(direct_and_folded(layer, first, sides), [layer], x)
+
+
+def test_uses_with_and_without_time_steps():
+    dense = keras.layers.Dense(2, "tanh")
+    source = keras.Input((3, 4))
+    own = dense(keras.layers.GlobalAveragePooling1D()(source))
+    steps = keras.layers.TimeDistributed(dense)(source)
+    outputs = keras.layers.Concatenate()([own, keras.layers.Flatten()(steps)])
+    model = keras.Model(source, outputs)
+    operators = kng.fisher(model, inputs(5, 3, 4), kng.heads.Normal())
+    assert operators[dense.path].shape == (10, 10)
 
 
 def test_functional_model_in_a_model():

@@ -415,7 +415,9 @@ def test_summary_says_what_each_layer_got():
     x, y = data()
     lines = []
     optimizer = kng.RNGD(0.1, max_metric_elements=60)
-    compiled(network("tanh", "relu", "linear"), optimizer)
+    # The optimizer holds the model weakly.
+    model = network("tanh", "relu", "linear")
+    compiled(model, optimizer)
     optimizer.summary(print_fn=lines.append)
     for text in (
         "tanh, 5² per group of 2 units",
