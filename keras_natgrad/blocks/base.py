@@ -235,21 +235,22 @@ class Block(abc.ABC):
         self,
         statistics: Sequence[tf.Tensor],
         decay: float | tf.Tensor,
+        keep_finite: bool = False,
     ) -> None:
         """Folds statistics into the running averages.
 
         Average and weight follow `s ← β s + (1 − β) ŝ`, `w ← β w + (1 − β)`;
         dividing by `w` makes the average unbiased from the first step on.
 
-        Statistics that are not finite, as float16 may have them, or a head of
-        one's own, would stay in the averages: they change nothing.
-
         Args:
             statistics: Input statistics followed by cotangent statistics.
-            decay: Scalar β in [0, 1); one for statistics that are not finite.
+            decay: Scalar β in [0, 1).
+            keep_finite: Whether statistics that are not finite, as float16 may
+                have them, or a head of one's own, change nothing: `β` is one
+                for this block. Otherwise they stay in the averages.
         """
         decay = scalar(decay, self.dtype)
-        if statistics:
+        if keep_finite and statistics:
             finite = [
                 tf.math.is_finite(tf.reduce_sum(new)) for new in statistics
             ]

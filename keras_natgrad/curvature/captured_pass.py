@@ -77,14 +77,6 @@ class CapturedPass:
             self.tape, self._outputs(), self.records, self._variables()
         )
 
-    @property
-    def is_half(self) -> bool:
-        """Whether anything in the pass is float16, which overflows early."""
-        tensors = [term.outputs for term in self.terms]
-        for record in self.records:
-            tensors += record.preactivations
-        return any(tensor.dtype == tf.float16 for tensor in tensors)
-
     def backward(self, cotangents: Sequence[tf.Tensor]) -> Backward:
         """Sends one cotangent per output back through the network."""
         rest = [self.variables[entry.variables[0]] for entry in self.fallbacks]

@@ -160,15 +160,17 @@ class BlockDiagonal:
         self,
         statistics: Statistics,
         decay: float | tf.Tensor,
+        keep_finite: bool = False,
     ) -> None:
         """Folds a batch's statistics into the running averages.
 
         Args:
             statistics: One tuple per entry.
             decay: Decay of the averages.
+            keep_finite: See `Block.accumulate`.
         """
         for entry, new in zip(self.entries, statistics, strict=True):
-            entry.block.accumulate(new, decay)
+            entry.block.accumulate(new, decay, keep_finite)
 
     def update_bases(self) -> bool:
         """Finds the bases that statistics are taken in.

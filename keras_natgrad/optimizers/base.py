@@ -362,10 +362,9 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
             index = _compat.variable_index(self, variable)
             aligned[index] = tf.convert_to_tensor(gradient)
 
-        accepted = observation.accepted
         if self.gradient_accumulation_steps:
             # An earlier batch among the accumulated ones may have been bad.
-            accepted &= all_finite(aligned)
+            observation.fine &= all_finite(aligned)
 
         def step() -> None:
             _compat.apply_weight_decay(self, trainable_variables)
@@ -374,7 +373,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         def skip() -> None:
             self.skip_step(observation)
 
-        distribution.cond(accepted, step, skip)
+        distribution.cond(observation.accepted, step, skip)
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Leaves decay to the step, which may have to be skipped."""

@@ -160,6 +160,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
             self.curvature.accumulate(
                 self.curvature.statistics(captured, self.fisher, seed),
                 self.factor_decay,
+                keep_finite=True,
             )
             self.state.increment(curvature_updates=1)
             self.state.update_at.assign(

@@ -50,8 +50,13 @@ class ResidualObservation:
     ) -> None:
         self.factor = factor
         self.tape = tape
-        self.fine = self.accepted = fine
+        self.fine = fine
         self.surged = tf.constant(False)
+
+    @property
+    def accepted(self) -> tf.Tensor:
+        """Scalar bool: a step is made."""
+        return self.fine
 
     @property
     def loss(self) -> tf.Tensor:

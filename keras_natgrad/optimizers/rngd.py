@@ -266,7 +266,9 @@ class RNGD(PreconditionedOptimizer):
                     tf.stack([tf.constant(self.seed, tf.int32), batches])
                 ),
             )
-            self.curvature.accumulate(statistics, self.factor_decay)
+            self.curvature.accumulate(
+                statistics, self.factor_decay, keep_finite=True
+            )
             self.state.increment(curvature_updates=1)
             self.state.update_at.assign(
                 self.refresh.next_due(batches, self.refresh.curvature_period)

@@ -145,16 +145,16 @@ def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
         tape.loss = loss
         loss = model.optimizer.scale_loss(loss)
     variables = model.trainable_variables
-    if variables:
-        if not model.optimizer.built:
-            # A wrapper decides which variables the optimizer gets.
-            model.optimizer.build(variables)
-        gradients = tape.gradient(loss, variables)
-        model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
-    else:
+    if not variables:
         warnings.warn(
             "The model does not have any trainable weights.", stacklevel=2
         )
+        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+    if not model.optimizer.built:
+        # A wrapper decides which variables the optimizer gets.
+        model.optimizer.build(variables)
+    gradients = tape.gradient(loss, variables)
+    model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
     logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
     return {**logs, **optimizer.step_logs()}
 

@@ -98,6 +98,7 @@ def test_a_bad_batch_among_accumulated_ones(position):
         bad = np.full_like(x, np.nan) if step == position else x
         model.train_on_batch(bad, y)
     assert_equal(weights(model), before)
+    assert model.optimizer.statistics["skipped"] == 1
     model.reset_metrics()
     losses = [float(model.train_on_batch(x, y)) for _ in range(8)]
     assert np.all(np.isfinite(losses)) and losses[-1] < losses[0]
