@@ -11,14 +11,7 @@ from keras_natgrad.capture import (
     transposed,  # noqa: F401  (registers)
 )
 from keras_natgrad.capture.layout import ParameterLayout
-from keras_natgrad.capture.ownership import can_be_described
 from keras_natgrad.capture.plan import LayerPlan, Plan, make_plan, match_layers
-from keras_natgrad.capture.reach import (
-    check_arrivals,
-    check_batched,
-    check_called,
-    check_reached,
-)
 from keras_natgrad.capture.records import LayerRecord
 from keras_natgrad.capture.registry import (
     LinearMap,
@@ -40,11 +33,6 @@ __all__ = [
     "Plan",
     "Taps",
     "applies_matrix",
-    "can_be_described",
-    "check_arrivals",
-    "check_batched",
-    "check_called",
-    "check_reached",
     "linear_maps",
     "make_plan",
     "match_layers",

@@ -8,7 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.capture import LayerRecord, check_arrivals, check_called
+from keras_natgrad.capture import LayerRecord
+from keras_natgrad.capture.reach import check_arrivals, check_called
 from keras_natgrad.curvature.cotangents import OutputTerm, example_weights
 from keras_natgrad.curvature.entry import Entry
 from keras_natgrad.heads.tensors import as_parameters

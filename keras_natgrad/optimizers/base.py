@@ -18,17 +18,14 @@ from keras_natgrad.capture import (
     match_layers,
 )
 from keras_natgrad.capture.patterns import pattern_name
+from keras_natgrad.capture.reach import check_batched, check_reached
 from keras_natgrad.optimizers.attachment import (
     NOT_ATTACHED,
     check_exclude,
     check_same_model,
     check_trainable,
 )
-from keras_natgrad.optimizers.coverage import (
-    check_batched,
-    check_reached,
-    warn_of_plan,
-)
+from keras_natgrad.optimizers.coverage import warn_of_plan
 from keras_natgrad.optimizers.observation import Observation, all_finite
 from keras_natgrad.training import install, install_hook
 from keras_natgrad.training.choices import (

@@ -6,14 +6,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from keras_natgrad.capture import (
-    Plan,
-    can_be_described,
-    check_batched,
-    check_reached,
-)
-
-__all__ = ["check_batched", "check_reached", "warn_of_plan"]
+from keras_natgrad.capture import Plan
+from keras_natgrad.capture.ownership import can_be_described
 
 
 def warn_of_plan(plan: Plan, variables: Sequence[Any]) -> None:

@@ -208,7 +208,7 @@ def test_head_that_does_not_fit_the_output(given):
 def test_many_bad_batches_in_a_row(kind, count):
     """The last step is taken back once; the damping does not run away."""
     x, y = data()
-    model = compiled(run_eagerly=False)
+    model = compiled()
     optimizer = model.optimizer
     for _ in range(6):
         model.train_on_batch(x, y)
@@ -224,7 +224,7 @@ def test_many_bad_batches_in_a_row(kind, count):
     assert after["damping"] == pytest.approx(factor * before["damping"])
     for _ in range(10):
         model.train_on_batch(x, y)
-    good = compiled(run_eagerly=False)
+    good = compiled()
     for _ in range(10):
         good.train_on_batch(x, y)
     losses = [each.evaluate(x, y, verbose=0) for each in (model, good)]
@@ -234,13 +234,13 @@ def test_many_bad_batches_in_a_row(kind, count):
 def test_a_good_batch_between_bad_ones():
     """The damping stays finite where every step is taken back."""
     x, y = data()
-    model = compiled(run_eagerly=False)
-    for _ in range(20):
+    model = compiled()
+    for _ in range(14):
         model.train_on_batch(x, y)
         for _ in range(2):
             model.train_on_batch(np.full_like(x, np.nan), y)
     assert model.optimizer.statistics["retracted"] > 10
-    for _ in range(100):
+    for _ in range(40):
         model.train_on_batch(x, y)
     assert all(np.all(np.isfinite(each)) for each in state(model))
     first = compiled().evaluate(x, y, verbose=0)

@@ -55,7 +55,7 @@ def test_logits_taken_for_probabilities():
     x, y = raw_data()
     x = (x - x.mean(axis=0)) / x.std(axis=0)
     model = network(3)
-    compiled(model, loss="sparse_categorical_crossentropy", run_eagerly=False)
+    compiled(model, loss="sparse_categorical_crossentropy")
     for _ in range(20):
         model.train_on_batch(x, y)
     assert all(np.all(np.isfinite(each)) for each in state(model))
