@@ -78,6 +78,16 @@ PATTERNS = (
     "tests/training/test_target_structures.py::*[rngd]",
     "tests/training/test_target_structures.py::*[with_*-natural_gradient]",
     "tests/training/test_target_structures.py::*[with_*-rngd]",
+    # Steps in graphs and under XLA: tests/test_invariants.py has them too.
+    "tests/callbacks/test_keras_callbacks.py::test_backup_and_restore[True]",
+    "tests/optimizers/test_attachment.py::test_attaching_again*[callback]",
+    "tests/optimizers/test_every_optimizer.py::test_modes*[natural*-xla]",
+    "tests/optimizers/test_every_optimizer.py::test_partial*[kfac]",
+    "tests/optimizers/test_rates_by_layer.py::test_a_smaller_last_batch*",
+    "tests/optimizers/test_reference_step.py::test_one*[traced-None-mse]",
+    "tests/training/test_bad_data.py::test_many_bad*[40-weightless]",
+    "tests/training/test_fit.py::test_eager_graph_and_steps*",
+    "tests/training/test_head_training.py::test_default*[normal]",
     # Further layers and heads.
     "tests/integrations/test_tf_keras.py::test_a_*",
     "tests/integrations/test_tf_keras.py::test_steps_equal*[convolutional*",
