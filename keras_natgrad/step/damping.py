@@ -42,12 +42,16 @@ class LevenbergMarquardt:
     Args:
         initial: Damping of the first step, or `"auto"`: `relative` times
             a typical eigenvalue of the Fisher on the first batch, which does
-            not depend on the scale of the loss.
+            not depend on the scale of the loss. Where outputs are saturated
+            and the Fisher is nearly zero, the eigenvalue counts as
+            `least_scale` of the gradient.
         decay: Factor per adaptation, in (0, 1).
         period: Steps between adaptations.
         relative: See `initial`.
         minimum: Smallest damping, relative to that eigenvalue.
-        maximum: Largest damping, relative to that eigenvalue.
+        maximum: Largest damping, relative to that eigenvalue. `KFAC` holds
+            a damping to it too that was raised for a step taken back, or by
+            `raise_damping`.
         inverse_ratio: Damping of the inverses relative to that of the
             quadratic model. The model couples the layers, which the inverses
             do not, so that they need less.
