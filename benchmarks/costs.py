@@ -150,7 +150,7 @@ def kernel_steps() -> dict[str, Any]:
     return rows
 
 
-class _Matrix(kng.solvers.FisherFactor):
+class _Matrix(kng.solvers.FisherRoot):
     """A small A whose kernel is there already: the factorisation alone."""
 
     def __init__(self, matrix: tf.Tensor, gram: tf.Tensor) -> None:

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture import Taps, make_plan, match_layers
-from keras_natgrad.capture.reach import check_batched, check_reached
+from keras_natgrad.capture.eligibility import check_batched, check_reached
 from keras_natgrad.curvature import (
     FISHER_KINDS,
     BlockDiagonal,

@@ -64,7 +64,7 @@ PATTERNS = (
     "tests/optimizers/test_reference_step.py::test_one_rate*[*-0.0-*",
     "tests/optimizers/test_reference_step.py::test_one_rate*[*-0.5-*",
     "tests/capture/test_inner_graphs.py::*does_not_use[*-graph]",
-    "tests/curvature/test_entry.py::*convolutional_network[foof]",
+    "tests/curvature/test_assignment.py::*convolutional_network[foof]",
     "tests/heads/test_draws.py::test_draws_of_small*-True]",
     "tests/heads/test_probe.py::test_they_train[shifted]",
     "tests/optimizers/test_reference_step.py::test_one*[traced-*-bernoulli]",
@@ -220,7 +220,7 @@ VARIANTS = {
     "tests/curvature/test_exact_solutions.py::test_step_equals_numpy": 40,
     "tests/curvature/test_fallback_layers.py::test_average_over_all_signs": 6,
     "tests/curvature/test_products.py::test_all_signs_average_to_the_gram": 1,
-    "tests/curvature/test_relative.py::test_a_layer_by_the_response_of_the"
+    "tests/relative/test_curvature.py::test_a_layer_by_the_response_of_the"
     "_next": 12,
     "tests/heads/test_contract.py::test_eager_and_compiled_results_agree": 3,
     "tests/heads/test_contract.py::test_half_precision_is_computed_in"

@@ -16,7 +16,7 @@ COMPAT = "_compat"
 
 # Every room (sub-package or top-level module) and the rooms it may import.
 # The rooms of `ANYWHERE` import nothing of the package and are open to all.
-ANYWHERE = {"version", "_backend", "distribution", COMPAT}
+ANYWHERE = {"version", "_backend", "replicas", COMPAT}
 MAY_IMPORT: dict[str, set[str]] = {room: set() for room in ANYWHERE}
 MAY_IMPORT["linalg"] = set()
 MAY_IMPORT["natural_chain"] = set()
@@ -28,10 +28,11 @@ MAY_IMPORT["capture"] = {"linalg", "blocks"}
 MAY_IMPORT["solvers"] = {"linalg"}
 MAY_IMPORT["step"] = {"linalg", "heads", "blocks"}
 MAY_IMPORT["curvature"] = {*("linalg", "heads"), "blocks", "capture", "solvers"}
+MAY_IMPORT["relative"] = {*MAY_IMPORT["curvature"], "curvature"}
 MAY_IMPORT["training"] = {*MAY_IMPORT["curvature"], "curvature", "losses"}
 MAY_IMPORT["optimizers"] = {
     *MAY_IMPORT["training"],
-    *("solvers", "step", "training"),
+    *("relative", "solvers", "step", "training"),
 }
 MAY_IMPORT["fisher"] = {*MAY_IMPORT["training"], "training"}
 MAY_IMPORT["layers"] = {*MAY_IMPORT["capture"], "capture"}

@@ -12,7 +12,6 @@ from keras_natgrad.capture import (
 )
 from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.capture.plan import LayerPlan, Plan, make_plan, match_layers
-from keras_natgrad.capture.records import LayerRecord
 from keras_natgrad.capture.registry import (
     LinearMap,
     NotCaptured,
@@ -22,11 +21,12 @@ from keras_natgrad.capture.registry import (
 )
 from keras_natgrad.capture.tape import CurvatureTape
 from keras_natgrad.capture.taps import Taps
+from keras_natgrad.capture.traces import MapTrace
 
 __all__ = [
     "CurvatureTape",
     "LayerPlan",
-    "LayerRecord",
+    "MapTrace",
     "LinearMap",
     "NotCaptured",
     "ParameterLayout",

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.capture.records import LayerRecord
+from keras_natgrad.capture.traces import MapTrace
 from keras_natgrad.linalg import slopes
 
 _DTYPE = tf.float32
@@ -16,7 +16,7 @@ _DTYPE = tf.float32
 def refine_gradients(
     gradients: Sequence[Any],
     sources: Sequence[Any],
-    records: Sequence[LayerRecord],
+    records: Sequence[MapTrace],
     cotangents: Sequence[Sequence[tf.Tensor | None]],
 ) -> list[Any]:
     """Returns the gradients with the parts of captured layers unrounded.
@@ -60,7 +60,7 @@ def refine_gradients(
 
 
 def _exact(
-    record: LayerRecord, cotangents: Sequence[tf.Tensor | None]
+    record: MapTrace, cotangents: Sequence[tf.Tensor | None]
 ) -> list[tf.Tensor]:
     """Returns `Σ_n Σ_s ā gᵀ` in float32, as tensors like the variables."""
     # All is summed, so that nobody asks which example is whose: one example

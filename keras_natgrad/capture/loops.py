@@ -95,7 +95,7 @@ def folded_call(
     """Returns a `call` for a TimeDistributed that needs no loop if it can.
 
     The wrapped layer sees `[batch · time, ...]`; its canonical positions are
-    taken out of the batch again by `LayerRecord`. Whether it may be folded is
+    taken out of the batch again by `MapTrace`. Whether it may be folded is
     asked in the call, when it has been built.
 
     Args:

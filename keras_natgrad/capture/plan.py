@@ -9,11 +9,15 @@ from typing import Any
 import keras
 
 from keras_natgrad._compat import flatten_layers, special_computation
-from keras_natgrad.capture.fixed_integers import embeddings_without_batch
+from keras_natgrad.capture.eligibility import (
+    embeddings_without_batch,
+    owners_of_variables,
+    why_not_owned,
+)
 from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.capture.loops import unreachable_layers
-from keras_natgrad.capture.ownership import owners_of_variables, why_not_owned
-from keras_natgrad.capture.patterns import (
+from keras_natgrad.capture.registry import linear_maps
+from keras_natgrad.capture.selectors import (
     LayerLabel,
     check_patterns,
     class_names,
@@ -21,8 +25,7 @@ from keras_natgrad.capture.patterns import (
     matches,
     pattern_name,
 )
-from keras_natgrad.capture.readers import readers_of_inputs
-from keras_natgrad.capture.registry import linear_maps
+from keras_natgrad.capture.topology import readers_of_inputs
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_natgrad.distribution import replica_key
+from keras_natgrad.replicas import replica_key
 
 
 class _CallOfReplica:

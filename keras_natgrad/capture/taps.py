@@ -13,9 +13,9 @@ import tensorflow as tf
 
 from keras_natgrad._compat import is_scratch_graph
 from keras_natgrad.capture.loops import folded_call
-from keras_natgrad.capture.records import LayerRecord, LayerUse, LayerUses
 from keras_natgrad.capture.registry import may_support
 from keras_natgrad.capture.replaced_call import replace_call, restore_call
+from keras_natgrad.capture.traces import LayerCall, LayerTrace, MapTrace
 
 
 class Taps:
@@ -52,16 +52,16 @@ class Taps:
             for layer in layers
             if isinstance(layer, keras.layers.TimeDistributed)
         ]
-        self._records: dict[int, LayerUses] = {}
+        self._records: dict[int, LayerTrace] = {}
 
-    def record(self, layer: keras.layers.Layer, index: int = 0) -> LayerRecord:
+    def record(self, layer: keras.layers.Layer, index: int = 0) -> MapTrace:
         """Returns what a layer did, for one of its `LinearMap`s."""
-        return LayerRecord(self._records[id(layer)], index)
+        return MapTrace(self._records[id(layer)], index)
 
-    def half_precision_records(self) -> list[LayerRecord]:
+    def half_precision_records(self) -> list[MapTrace]:
         """Returns the records of all layers that computed in half precision."""
         return [
-            LayerRecord(uses, index)
+            MapTrace(uses, index)
             for uses in self._records.values()
             if any(use.tape is not None for use in uses.uses)
             for index in range(len(uses.specs))
@@ -70,7 +70,7 @@ class Taps:
     def __enter__(self) -> Taps:
         self._records = {}
         for layer in self._layers:
-            record = LayerUses(layer)
+            record = LayerTrace(layer)
             self._records[id(layer)] = record
             replace_call(layer, functools.partial(_tapped, layer, record))
         for layer in self._folded:
@@ -91,7 +91,7 @@ class Taps:
 
 def _tapped(
     layer: keras.layers.Layer,
-    record: LayerUses,
+    record: LayerTrace,
     original: Callable[..., Any],
 ) -> Callable[..., Any]:
     signature = inspect.signature(original)
@@ -142,17 +142,17 @@ def _split_arguments(
 
 
 def _note(
-    record: LayerUses,
+    record: LayerTrace,
     inputs: Any,
     arguments: Mapping[str, Any],
     preactivation: Any,
     tape: tf.GradientTape | None,
 ) -> None:
     if tf.is_tensor(preactivation) and tf.is_tensor(inputs):
-        record.uses.append(LayerUse(inputs, arguments, preactivation, tape))
+        record.uses.append(LayerCall(inputs, arguments, preactivation, tape))
 
 
-def _drop_foreign(record: LayerUses) -> None:
+def _drop_foreign(record: LayerTrace) -> None:
     """Keeps the tensors of the current graph; notes those out of reach.
 
     What Keras computed in a graph that it throws away, to learn a shape, may

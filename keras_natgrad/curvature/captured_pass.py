@@ -8,10 +8,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.capture import LayerRecord
-from keras_natgrad.capture.reach import check_arrivals, check_called
+from keras_natgrad.capture import MapTrace
+from keras_natgrad.capture.eligibility import check_arrivals, check_called
+from keras_natgrad.curvature.assignment import Entry
 from keras_natgrad.curvature.cotangents import OutputTerm, example_weights
-from keras_natgrad.curvature.entry import Entry
 from keras_natgrad.heads.tensors import as_parameters
 
 
@@ -39,7 +39,7 @@ class CapturedPass:
     Args:
         tape: Persistent tape of the forward pass.
         terms: The network's outputs.
-        records: One `LayerRecord` per captured entry.
+        records: One `MapTrace` per captured entry.
         entries: All entries, captured ones first.
         variables: All variables, as `tf.Variable`s.
         share: This replica's share of the examples' weights, `None` where
@@ -54,7 +54,7 @@ class CapturedPass:
         self,
         tape: tf.GradientTape,
         terms: Sequence[OutputTerm],
-        records: Sequence[LayerRecord],
+        records: Sequence[MapTrace],
         entries: Sequence[Entry],
         variables: Sequence[Any],
         share: tf.Tensor | None = None,

@@ -10,13 +10,13 @@ import tensorflow as tf
 from keras_natgrad.blocks import GradientBlock
 from keras_natgrad.blocks.base import VariableFactory
 from keras_natgrad.capture import Plan
+from keras_natgrad.curvature.assignment import BlockOptions, Entry, make_entries
 from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
 from keras_natgrad.curvature.cotangents import (
     OutputTerm,
     column_cotangents,
     random_cotangents,
 )
-from keras_natgrad.curvature.entry import BlockOptions, Entry, make_entries
 from keras_natgrad.linalg import trace_norm_ratio
 
 # Share of the damping that goes to the input factors, see `_global_ratio`.

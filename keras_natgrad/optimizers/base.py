@@ -10,15 +10,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad import _compat, distribution
+from keras_natgrad import _compat, replicas
 from keras_natgrad.capture import (
     CurvatureTape,
     Plan,
     make_plan,
     match_layers,
 )
-from keras_natgrad.capture.patterns import pattern_name
-from keras_natgrad.capture.reach import check_batched, check_reached
+from keras_natgrad.capture.eligibility import check_batched, check_reached
+from keras_natgrad.capture.selectors import pattern_name
 from keras_natgrad.optimizers.attachment import (
     NOT_ATTACHED,
     check_exclude,
@@ -28,8 +28,8 @@ from keras_natgrad.optimizers.attachment import (
 from keras_natgrad.optimizers.coverage import warn_of_plan
 from keras_natgrad.optimizers.observation import Observation, all_finite
 from keras_natgrad.training import install, install_hook
-from keras_natgrad.training.choices import (
-    Choice,
+from keras_natgrad.training.loss_heads import (
+    LossHead,
     declared_rows,
     warn_of_fallbacks,
 )
@@ -169,7 +169,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         """Whether the Fisher is the empirical one, at observed targets."""
         return False
 
-    def receive_choices(self, choices: Sequence[Choice]) -> None:
+    def receive_choices(self, choices: Sequence[LossHead]) -> None:
         """Takes what stands for each loss; warns of fallbacks once."""
         if self._loss_rows is None:
             warn_of_fallbacks(choices)
@@ -295,13 +295,13 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         observation = Observation(tape, terms, records, gradients)
         observation.surged = self.has_surged(observation)
         self.observe(observation)
-        self._observations[distribution.replica_key()] = observation
+        self._observations[replicas.replica_key()] = observation
 
     def check_replicas(self) -> None:
         """Raises ValueError for what several replicas cannot do."""
-        if distribution.replica_count() == 1:
+        if replicas.replica_count() == 1:
             return
-        distribution.check_merge(type(self).__name__)
+        replicas.check_merge(type(self).__name__)
         for argument in (
             "gradient_accumulation_steps",
             "ema_overwrite_frequency",
@@ -346,7 +346,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         learning_rate: Any,
     ) -> None:
         """Takes the whole gradient list, after clipping and decay."""
-        key = distribution.replica_key()
+        key = replicas.replica_key()
         observation = self._observations.pop(key, None)
         if observation is None:
             model = self.attached_model()
@@ -361,7 +361,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
 
         if self.gradient_accumulation_steps:
             # An earlier batch among the accumulated ones may have been bad.
-            observation.fine &= all_finite(aligned)
+            observation.is_finite &= all_finite(aligned)
 
         def step() -> None:
             _compat.apply_weight_decay(self, trainable_variables)
@@ -370,7 +370,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         def skip() -> None:
             self.skip_step(observation)
 
-        distribution.cond(observation.accepted, step, skip)
+        replicas.cond(observation.accepted, step, skip)
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Leaves decay to the step, which may have to be skipped."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_natgrad.capture import Plan
-from keras_natgrad.capture.ownership import can_be_described
+from keras_natgrad.capture.eligibility import can_be_described
 
 
 def warn_of_plan(plan: Plan, variables: Sequence[Any]) -> None:

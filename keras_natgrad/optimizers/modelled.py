@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_natgrad import _compat, distribution
+from keras_natgrad import _compat, replicas
 from keras_natgrad.curvature import (
     Backward,
     BlockDiagonal,
@@ -37,7 +37,7 @@ from keras_natgrad.step.directions import (
     pad,
     ridge_gram,
 )
-from keras_natgrad.step.length import (
+from keras_natgrad.step.quadratic import (
     for_each_layer,
     model_change,
     of_all_layers,
@@ -151,7 +151,7 @@ class ModelledOptimizer(RetractingOptimizer):
 
         # Of few examples, the slopes and quotients by layer are mostly noise: a
         # transformer surged on batches of 32 (docs, "a rate for each layer").
-        few = distribution.replica_count() * batch < _MODEL_EXAMPLES
+        few = replicas.replica_count() * batch < _MODEL_EXAMPLES
         return tf.cond(few, one_rate, several_rates)
 
     def _minimum(
@@ -292,7 +292,7 @@ class ModelledOptimizer(RetractingOptimizer):
 
         tf.cond(self._average.is_due(step), update, lambda: tf.constant(0))
         found = [
-            distribution.sum_over_replicas(average.read(each))
+            replicas.sum_over_replicas(average.read(each))
             for (average, _), each in zip(averages, norms, strict=True)
         ]
         return found[0], found[-1]
@@ -317,7 +317,7 @@ class ModelledOptimizer(RetractingOptimizer):
         """Returns the mean of as many estimates as a small batch needs."""
         captured = self._capture(observation)
         batches = self.state.count("batches") - 1
-        seed = distribution.replica_seed(
+        seed = replicas.replica_seed(
             tf.stack([tf.constant(self.seed, tf.int32), batches])
         )
         count = _estimates(captured.batch)
@@ -378,8 +378,8 @@ class ModelledOptimizer(RetractingOptimizer):
 def _batch_size(observation: Observation) -> tf.Tensor:
     """Returns the examples of a replica, the mean over all: the same on all."""
     own = tf.shape(observation.terms[0].outputs)[0]
-    total = distribution.sum_over_replicas(tf.cast(own, tf.float32))
-    return tf.cast(total / distribution.replica_count(), tf.int32)
+    total = replicas.sum_over_replicas(tf.cast(own, tf.float32))
+    return tf.cast(total / replicas.replica_count(), tf.int32)
 
 
 def _estimates(batch: tf.Tensor) -> tf.Tensor:
@@ -392,4 +392,4 @@ def _estimates(batch: tf.Tensor) -> tf.Tensor:
 def _samples(batch: tf.Tensor) -> tf.Tensor:
     """Returns how many samples all replicas' estimates are the mean of."""
     used = tf.clip_by_value(batch, 1, _MODEL_EXAMPLES)
-    return distribution.replica_count() * used * _estimates(batch)
+    return replicas.replica_count() * used * _estimates(batch)

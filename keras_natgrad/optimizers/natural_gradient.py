@@ -9,8 +9,8 @@ import keras
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat, distribution
-from keras_natgrad.curvature.factor_columns import COLUMN_KINDS
+from keras_natgrad import _compat, replicas
+from keras_natgrad.curvature.root_columns import COLUMN_KINDS
 from keras_natgrad.optimizers.residuals import observe_residuals
 from keras_natgrad.optimizers.whole_network import WholeNetworkOptimizer
 from keras_natgrad.solvers import ConjugateGradient
@@ -194,7 +194,7 @@ class NaturalGradient(WholeNetworkOptimizer):
             residuals, own, points, weights, needs_jacobian
         )
         self.state.increment(batches=1)
-        self._observations[distribution.replica_key()] = observation
+        self._observations[replicas.replica_key()] = observation
         self.apply(gradients, own)
         return observation.loss
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad import distribution
-from keras_natgrad.capture import CurvatureTape, LayerRecord
+from keras_natgrad import replicas
+from keras_natgrad.capture import CurvatureTape, MapTrace
 from keras_natgrad.curvature import OutputTerm
 from keras_natgrad.training.terms import in_support, total_weight
 
@@ -21,10 +21,10 @@ class Observation:
     Attributes:
         tape: The `CurvatureTape`.
         terms: The network's outputs as `OutputTerm`s.
-        records: One `LayerRecord` per captured layer, in plan order.
+        records: One `MapTrace` per captured layer, in plan order.
         loss: Scalar loss of the batch, on all replicas together.
-        fine: Scalar bool: loss and gradients finite, targets possible.
-        counts: Scalar bool: some example has a weight.
+        is_finite: Scalar bool: loss and gradients finite, targets possible.
+        has_weight: Scalar bool: some example has a weight.
         share: This replica's share of the examples' weights; `None` where
             there are no others.
         surged: Scalar bool: the last step has to be taken back.
@@ -36,7 +36,7 @@ class Observation:
         self,
         tape: CurvatureTape,
         terms: Sequence[OutputTerm],
-        records: Sequence[LayerRecord],
+        records: Sequence[MapTrace],
         gradients: Sequence[Any],
     ) -> None:
         self.tape = tape
@@ -53,24 +53,24 @@ class Observation:
         )
         weight = total_weight(terms)
         self.share: tf.Tensor | None = None
-        if distribution.replica_count() > 1:
+        if replicas.replica_count() > 1:
             own = tf.cast([weight, tf.cast(~fine, weight.dtype)], weight.dtype)
-            total, faults = tf.unstack(distribution.sum_over_replicas(own))
+            total, faults = tf.unstack(replicas.sum_over_replicas(own))
             self.share = tf.math.divide_no_nan(weight, total)
-            self.loss = distribution.sum_over_replicas(self.loss)
+            self.loss = replicas.sum_over_replicas(self.loss)
             fine, weight = tf.equal(faults, 0), total
-        self.fine = fine
-        self.counts = weight > 0
+        self.is_finite = fine
+        self.has_weight = weight > 0
 
     @property
-    def usable(self) -> tf.Tensor:
+    def is_usable(self) -> tf.Tensor:
         """Scalar bool: there is something to learn from the batch."""
-        return self.fine & self.counts
+        return self.is_finite & self.has_weight
 
     @property
     def accepted(self) -> tf.Tensor:
         """Scalar bool: the batch enters the statistics and makes a step."""
-        return self.usable & tf.logical_not(self.surged)
+        return self.is_usable & tf.logical_not(self.surged)
 
 
 def all_finite(gradients: Sequence[Any]) -> tf.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat, distribution
+from keras_natgrad import _compat, replicas
 from keras_natgrad.capture import Plan
 from keras_natgrad.capture.positions import known_positions
 from keras_natgrad.curvature import (
@@ -133,14 +133,14 @@ class PreconditionedOptimizer(ModelledOptimizer):
     def check_replicas(self) -> None:
         super().check_replicas()
         if self.line_search is not None:
-            distribution.refuse_replicas(
+            replicas.refuse_replicas(
                 type(self).__name__,
                 "a LineSearch",
                 "every trial needs the loss of the whole batch",
                 "Use learning_rate='auto'.",
             )
         if self.refresh.where != "graph":
-            distribution.refuse_replicas(
+            replicas.refuse_replicas(
                 type(self).__name__,
                 f"refresh_where={self.refresh.where!r}",
                 "the inverses are those of one device",
@@ -150,7 +150,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
     @override
     def observe(self, observation: Observation) -> None:
         batches = self.state.count("batches")
-        seed = distribution.replica_seed(
+        seed = replicas.replica_seed(
             tf.stack([tf.constant(self.seed, tf.int32), batches])
         )
 
@@ -188,7 +188,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
         forced = tf.equal(self.state.refresh_at.value, 0)
         # Otherwise there was a step before this one, and it has held.
         self.state.end_surges(~forced)
-        refresh = distribution.traced_once(self._refresh)
+        refresh = replicas.traced_once(self._refresh)
         self._refresh_if(forced, refresh)
         matrices = self.curvature.to_matrices(gradients)
         pulled = self._pulled(matrices)
@@ -313,7 +313,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
                 )
                 return tf.constant(0)
 
-            distribution.across_replicas(
+            replicas.across_replicas(
                 lambda: tf.cond(first | raised, start, lambda: tf.constant(0))
             )
         else:
@@ -325,7 +325,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
         damping = self.inverse_damping()
         self.note_inverses(damping)
         retries, failures = self.curvature.refresh(
-            damping, self._ridge, distribution.refresh_devices()
+            damping, self._ridge, replicas.refresh_devices()
         )
         self.state.increment(refreshes=1, retries=retries, failures=failures)
         self._plan_refresh()
@@ -335,7 +335,7 @@ class PreconditionedOptimizer(ModelledOptimizer):
         self, due: tf.Tensor, refresh: Callable[[], tf.Tensor]
     ) -> None:
         """Recomputes the inverses when it is time."""
-        distribution.across_replicas(
+        replicas.across_replicas(
             lambda: tf.cond(due, refresh, lambda: tf.constant(0))
         )
 
@@ -415,12 +415,10 @@ class PreconditionedOptimizer(ModelledOptimizer):
         loss = tf.cast(observation.loss, model.change.dtype)
 
         def adapt() -> None:
-            now = distribution.sum_over_replicas(
-                tf.cast(objective(), loss.dtype)
-            )
+            now = replicas.sum_over_replicas(tf.cast(objective(), loss.dtype))
             ratio = tf.math.divide_no_nan(now - loss, model.change)
             self.state.note(reduction_ratio=ratio)
-            mean = distribution.across_replicas(self.curvature.mean_eigenvalue)
+            mean = replicas.across_replicas(self.curvature.mean_eigenvalue)
             self.state.damping.assign(
                 rule.adapt(
                     self.state.damping.value, ratio, model.fisher_share, mean
@@ -428,4 +426,4 @@ class PreconditionedOptimizer(ModelledOptimizer):
             )
 
         step = tf.convert_to_tensor(self.iterations)
-        distribution.cond(is_multiple(step, rule.period), adapt)
+        replicas.cond(is_multiple(step, rule.period), adapt)

@@ -16,7 +16,7 @@ from keras_natgrad.heads.observed import ObservedLoss
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import QuadraticModel, Refresh, StepLength, get_damping
 from keras_natgrad.step.checks import check_fraction
-from keras_natgrad.training.choices import Choice
+from keras_natgrad.training.loss_heads import LossHead
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -135,7 +135,7 @@ class PRONG(PreconditionedOptimizer):
     # -- The loss ----------------------------------------------------------
 
     @override
-    def receive_choices(self, choices: Sequence[Choice]) -> None:
+    def receive_choices(self, choices: Sequence[LossHead]) -> None:
         rows = [(*choice.row()[:2], _UNUSED) for choice in choices]
         self._hide("_loss_rows", rows)
 

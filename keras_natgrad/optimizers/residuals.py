@@ -7,14 +7,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_natgrad.curvature.residual_factor import (
-    JacobianFactor,
+from keras_natgrad.curvature.residual_root import (
+    JacobianRoot,
     ResidualGroup,
-    TapeFactor,
+    TapeRoot,
     pointwise_jacobian,
 )
 from keras_natgrad.optimizers.observation import all_finite
-from keras_natgrad.solvers import FisherFactor
+from keras_natgrad.solvers import FisherRoot
 
 
 class ResidualTape:
@@ -38,25 +38,25 @@ class ResidualObservation:
     Attributes:
         factor: A of the residuals.
         tape: `ResidualTape`.
-        fine: Scalar bool: residuals and gradients are finite.
+        is_finite: Scalar bool: residuals and gradients are finite.
         surged: Scalar bool, never true.
     """
 
     def __init__(
         self,
-        factor: FisherFactor,
+        factor: FisherRoot,
         tape: ResidualTape,
         fine: tf.Tensor,
     ) -> None:
         self.factor = factor
         self.tape = tape
-        self.fine = fine
+        self.is_finite = fine
         self.surged = tf.constant(False)
 
     @property
     def accepted(self) -> tf.Tensor:
         """Scalar bool: a step is made."""
-        return self.fine
+        return self.is_finite
 
     @property
     def loss(self) -> tf.Tensor:
@@ -110,16 +110,16 @@ def observe_residuals(
         tf.zeros_like(v) if g is None else tf.convert_to_tensor(g)
         for g, v in zip(gradients, tensors, strict=True)
     ]
-    factor: FisherFactor
+    factor: FisherRoot
     if points is not None and needs_jacobian:
         _check_rows(groups, arguments)
         jacobians = [
             pointwise_jacobian(function, own[0], tensors)
             for function, own in zip(functions, arguments, strict=True)
         ]
-        factor = JacobianFactor(groups, tensors, jacobians)
+        factor = JacobianRoot(groups, tensors, jacobians)
     else:
-        factor = TapeFactor(groups, tensors, tape)
+        factor = TapeRoot(groups, tensors, tape)
 
     def objective() -> tf.Tensor:
         return tf.add_n([group.loss() for group in evaluate()])

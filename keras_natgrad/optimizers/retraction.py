@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat, distribution
+from keras_natgrad import _compat, replicas
 from keras_natgrad.linalg import scalar
 from keras_natgrad.optimizers.adaptive import AdaptiveOptimizer
 from keras_natgrad.optimizers.observation import Observation
@@ -35,7 +35,7 @@ class RetractingOptimizer(AdaptiveOptimizer):
         if not self._guarded:
             return tf.constant(False)
         guard, loss = self.state.guard, observation.loss
-        surge = guard.is_surge(loss) & observation.usable
+        surge = guard.is_surge(loss) & observation.is_usable
         objective = observation.tape.objective
         if objective is not None:
             before = tf.cond(
@@ -50,11 +50,11 @@ class RetractingOptimizer(AdaptiveOptimizer):
                 ),
                 lambda: tf.zeros_like(loss),
             )
-            before = distribution.sum_over_replicas(before)
+            before = replicas.sum_over_replicas(before)
             surge &= guard.is_blamed(loss, before)
         # One batch that is not finite has bad data; a second one in a row
         # says that the weights are bad.
-        again = ~observation.fine & self.state.skipped_last()
+        again = ~observation.is_finite & self.state.skipped_last()
         return tf.cond(
             surge | again, self._has_moved, lambda: tf.constant(False)
         )
@@ -66,7 +66,7 @@ class RetractingOptimizer(AdaptiveOptimizer):
 
     @override
     def skip_step(self, observation: Observation) -> None:
-        self.state.note_skip(observation.surged, ~observation.fine)
+        self.state.note_skip(observation.surged, ~observation.is_finite)
         if not self._guarded:
             return
 

@@ -9,11 +9,13 @@ import keras
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat, distribution
+from keras_natgrad import _compat, replicas
 from keras_natgrad.capture import Plan, match_layers
-from keras_natgrad.curvature import (
+from keras_natgrad.curvature import BlockDiagonal
+from keras_natgrad.optimizers.observation import Observation
+from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
+from keras_natgrad.relative import (
     SHARED_METRICS,
-    BlockDiagonal,
     HorizonOptions,
     MetricSpec,
     RelativeCurvature,
@@ -21,8 +23,6 @@ from keras_natgrad.curvature import (
     find_sources,
     plan_metrics,
 )
-from keras_natgrad.optimizers.observation import Observation
-from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import QuadraticModel, Refresh, StepLength
 from keras_natgrad.step.checks import (
     check_fraction,
@@ -258,11 +258,11 @@ class RNGD(PreconditionedOptimizer):
         def update() -> tf.Tensor:
             assert isinstance(self.curvature, RelativeCurvature)
             captured = self._capture(observation)
-            statistics = self.curvature.relative_statistics(
+            statistics = self.relative.curvature_statistics(
                 captured,
                 self._find_sources(),
                 observation.tape.taps,
-                distribution.replica_seed(
+                replicas.replica_seed(
                     tf.stack([tf.constant(self.seed, tf.int32), batches])
                 ),
             )
@@ -300,7 +300,7 @@ class RNGD(PreconditionedOptimizer):
     @override
     def _refresh(self) -> tf.Tensor:
         retries, failures = self.curvature.refresh(
-            self.inverse_damping(), self._ridge, distribution.refresh_devices()
+            self.inverse_damping(), self._ridge, replicas.refresh_devices()
         )
         self.state.increment(refreshes=1, retries=retries, failures=failures)
         batches = self.state.count("batches")

@@ -9,11 +9,11 @@ import keras
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat, distribution
+from keras_natgrad import _compat, replicas
 from keras_natgrad.capture import Plan
 from keras_natgrad.curvature import BlockDiagonal, BlockOptions, CapturedPass
-from keras_natgrad.curvature.factor_columns import Columns
-from keras_natgrad.curvature.network_factor import NetworkFactor
+from keras_natgrad.curvature.network_root import NetworkRoot
+from keras_natgrad.curvature.root_columns import Columns
 from keras_natgrad.optimizers.adaptive import AdaptiveOptimizer
 from keras_natgrad.optimizers.observation import Observation
 from keras_natgrad.optimizers.residuals import ResidualObservation
@@ -22,15 +22,15 @@ from keras_natgrad.optimizers.summary import render_solver
 from keras_natgrad.solvers import (
     ConjugateGradient,
     Direction,
-    FisherFactor,
+    FisherRoot,
     Solution,
     Solver,
     System,
     check_memory,
     choose,
 )
-from keras_natgrad.solvers.factor import inner, rounding_of, scale
 from keras_natgrad.solvers.remainder import remainder
+from keras_natgrad.solvers.root import inner, rounding_of, scale
 from keras_natgrad.step import (
     LevenbergMarquardt,
     Refresh,
@@ -136,7 +136,7 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
 
     @override
     def check_replicas(self) -> None:
-        distribution.refuse_replicas(
+        replicas.refuse_replicas(
             type(self).__name__,
             "an exact solver",
             "it solves with all examples of the batch at once",
@@ -153,7 +153,7 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
 
     @override
     def skip_step(self, observation: Observation) -> None:
-        self.state.note_skip(tf.constant(False), ~observation.fine)
+        self.state.note_skip(tf.constant(False), ~observation.is_finite)
 
     @override
     def curvature_step(
@@ -188,7 +188,7 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
             observation, factor, solution.direction, gradient, learning_rate
         )
 
-    def _factor(self, observation: Any) -> FisherFactor:
+    def _factor(self, observation: Any) -> FisherRoot:
         if isinstance(observation, ResidualObservation):
             return observation.factor
         variables = _compat.optimizer_variables(self)
@@ -203,11 +203,11 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
             [tf.constant(self.seed, tf.int32), self.state.count("batches")]
         )
         columns = Columns(observation.terms, self.fisher, seed)
-        return NetworkFactor(
+        return NetworkRoot(
             captured, columns, observation.tape.loss, self.max_elements
         )
 
-    def _set_damping(self, factor: FisherFactor) -> None:
+    def _set_damping(self, factor: FisherRoot) -> None:
         """Starts the damping, or looks it up in its schedule."""
         rule, raised = self.damping, self.state.damping_scale
         if isinstance(rule, float):
@@ -231,14 +231,14 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
             scheduled = tf.cast(rule(self.iterations), raised.dtype)
             self.state.damping.assign(scheduled * raised.value)
 
-    def _shift(self, factor: FisherFactor) -> list[tf.Tensor] | None:
+    def _shift(self, factor: FisherRoot) -> list[tf.Tensor] | None:
         if not self.momentum:
             return None
         previous = factor.from_tensors([v.value for v in self._previous])
         return scale(self.momentum, previous)
 
     def _solve(
-        self, solver: Solver, factor: FisherFactor, system: System
+        self, solver: Solver, factor: FisherRoot, system: System
     ) -> Solution:
         if not isinstance(solver, ConjugateGradient):
             exact = isinstance(self.damping, float) and self.damping == 0.0
@@ -253,10 +253,10 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
         return solver.solve(factor, system, start=start, preconditioner=inverse)
 
     def _update_preconditioner(
-        self, factor: FisherFactor, damping: tf.Tensor
+        self, factor: FisherRoot, damping: tf.Tensor
     ) -> None:
         """Renews the blocks: averages at every step, inverses when due."""
-        if not isinstance(factor, NetworkFactor):
+        if not isinstance(factor, NetworkRoot):
             raise ValueError(
                 "A preconditioner needs the layers of a network; residuals "
                 "have none. Use ConjugateGradient(preconditioner='none'). "
@@ -287,7 +287,7 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
     def _move(
         self,
         observation: Any,
-        factor: FisherFactor,
+        factor: FisherRoot,
         direction: Direction,
         gradient: Direction,
         learning_rate: Any,

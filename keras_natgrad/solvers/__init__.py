@@ -2,21 +2,21 @@
 
 from keras_natgrad.solvers.conjugate_gradient import ConjugateGradient
 from keras_natgrad.solvers.dense import Dense
-from keras_natgrad.solvers.factor import (
+from keras_natgrad.solvers.kernel import Kernel
+from keras_natgrad.solvers.registry import check_memory, choose, get
+from keras_natgrad.solvers.root import (
     Direction,
-    FisherFactor,
+    FisherRoot,
     Solution,
     Solver,
     System,
 )
-from keras_natgrad.solvers.kernel import Kernel
-from keras_natgrad.solvers.registry import check_memory, choose, get
 
 __all__ = [
     "ConjugateGradient",
     "Dense",
     "Direction",
-    "FisherFactor",
+    "FisherRoot",
     "Kernel",
     "Solution",
     "Solver",

@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.solvers.factor import (
+from keras_natgrad.solvers.root import (
     Direction,
-    FisherFactor,
+    FisherRoot,
     Solution,
     Solver,
     System,
@@ -93,7 +93,7 @@ class ConjugateGradient(Solver):
     @override
     def solve(
         self,
-        factor: FisherFactor,
+        factor: FisherRoot,
         system: System,
         exact: bool = False,
         start: Direction | None = None,

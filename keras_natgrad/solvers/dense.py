@@ -9,8 +9,8 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.linalg import damped_solve, pseudo_inverse_solve
-from keras_natgrad.solvers.factor import (
-    FisherFactor,
+from keras_natgrad.solvers.root import (
+    FisherRoot,
     Solution,
     Solver,
     System,
@@ -37,7 +37,7 @@ class Dense(Solver):
 
     @override
     def solve(
-        self, factor: FisherFactor, system: System, exact: bool = False
+        self, factor: FisherRoot, system: System, exact: bool = False
     ) -> Solution:
         matrix = factor.matrix()
         fisher = tf.matmul(matrix, matrix, transpose_b=True)

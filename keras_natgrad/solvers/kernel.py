@@ -9,8 +9,8 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad.linalg import damped_solve, pseudo_inverse_solve
-from keras_natgrad.solvers.factor import (
-    FisherFactor,
+from keras_natgrad.solvers.root import (
+    FisherRoot,
     Solution,
     Solver,
     System,
@@ -59,7 +59,7 @@ class Kernel(Solver):
 
     @override
     def solve(
-        self, factor: FisherFactor, system: System, exact: bool = False
+        self, factor: FisherRoot, system: System, exact: bool = False
     ) -> Solution:
         gram = factor.gram()
         target = system.target(factor)
@@ -106,7 +106,7 @@ class Kernel(Solver):
         return "kernel AᵀA of the batch"
 
 
-def _pull_back(factor: FisherFactor, system: System) -> tf.Tensor:
+def _pull_back(factor: FisherRoot, system: System) -> tf.Tensor:
     """Returns `Aᵀ r`, at no cost where the remainder is zero."""
     zeros = tf.zeros_like(system.residual)
     remainder = system.remainder

@@ -8,8 +8,8 @@ import keras
 
 from keras_natgrad.solvers.conjugate_gradient import ConjugateGradient
 from keras_natgrad.solvers.dense import Dense
-from keras_natgrad.solvers.factor import Solver
 from keras_natgrad.solvers.kernel import Kernel
+from keras_natgrad.solvers.root import Solver
 
 _SOLVERS: dict[str, type[Solver]] = {
     "kernel": Kernel,

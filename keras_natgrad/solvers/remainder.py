@@ -5,15 +5,15 @@ from __future__ import annotations
 import tensorflow as tf
 
 from keras_natgrad.linalg import random_signs
-from keras_natgrad.solvers.factor import (
+from keras_natgrad.solvers.root import (
     Direction,
-    FisherFactor,
+    FisherRoot,
     inner,
     rounding_of,
 )
 
 
-def remainder(factor: FisherFactor, gradient: Direction) -> list[tf.Tensor]:
+def remainder(factor: FisherRoot, gradient: Direction) -> list[tf.Tensor]:
     """Returns `∇ − A u`, zero where it is within rounding.
 
     Regularizers, clipping and accumulated gradients make it more than that.

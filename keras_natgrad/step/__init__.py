@@ -2,15 +2,16 @@
 
 from keras_natgrad.step.damping import Damping, LevenbergMarquardt
 from keras_natgrad.step.damping import get as get_damping
-from keras_natgrad.step.length import (
+from keras_natgrad.step.line_search import LineSearch
+from keras_natgrad.step.line_search import get as get_line_search
+from keras_natgrad.step.quadratic import (
+    AveragedGram,
+    QuadraticModel,
     StepLength,
     layer_coefficients,
     quadratic_coefficients,
 )
-from keras_natgrad.step.line_search import LineSearch
-from keras_natgrad.step.line_search import get as get_line_search
-from keras_natgrad.step.quadratic_model import AveragedGram, QuadraticModel
-from keras_natgrad.step.quadratic_model import get as get_quadratic_model
+from keras_natgrad.step.quadratic import get as get_quadratic_model
 from keras_natgrad.step.refresh import Refresh, is_multiple
 from keras_natgrad.step.spring import Spring
 from keras_natgrad.step.trial import TrialStep

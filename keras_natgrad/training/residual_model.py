@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad import _compat
-from keras_natgrad.curvature.residual_factor import ResidualGroup
+from keras_natgrad.curvature.residual_root import ResidualGroup
 from keras_natgrad.training.train_step import curvature_optimizer
 
 Residual = Callable[[keras.Model, Any], tf.Tensor]

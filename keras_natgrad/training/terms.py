@@ -15,8 +15,8 @@ from keras_natgrad._compat import (
     keras_mask,
 )
 from keras_natgrad.curvature import OutputTerm
-from keras_natgrad.training.choices import (
-    Choice,
+from keras_natgrad.training.loss_heads import (
+    LossHead,
     choose,
     head_of,
     output_name,
@@ -25,7 +25,7 @@ from keras_natgrad.training.choices import (
 
 def compiled_choices(
     model: keras.Model, outputs: Any, head: Any = None, observed: bool = False
-) -> list[Choice]:
+) -> list[LossHead]:
     """Returns what stands for each loss that `compile` set up.
 
     Args:
@@ -52,7 +52,7 @@ def compiled_choices(
 
 def compiled_terms(
     model: keras.Model,
-    choices: Sequence[Choice],
+    choices: Sequence[LossHead],
     outputs: Any,
     targets: Any,
     sample_weight: Any,

@@ -3,7 +3,7 @@
 import keras
 
 from keras_natgrad._compat import flatten_layers
-from keras_natgrad.capture.readers import readers_of_inputs
+from keras_natgrad.capture.topology import readers_of_inputs
 
 layers = keras.layers
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_natgrad.solvers import FisherFactor
+from keras_natgrad.solvers import FisherRoot
 
 
-class MatrixFactor(FisherFactor):
+class MatrixFactor(FisherRoot):
     """A given as an array; directions are one vector."""
 
     def __init__(self, matrix, residual):

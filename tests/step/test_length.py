@@ -12,7 +12,7 @@ from keras_natgrad.step import (
     layer_coefficients,
     quadratic_coefficients,
 )
-from keras_natgrad.step.length import (
+from keras_natgrad.step.quadratic import (
     for_each_layer,
     model_change,
     of_all_layers,

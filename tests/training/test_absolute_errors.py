@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_natgrad as kng
-from keras_natgrad.training.choices import choose
+from keras_natgrad.training.loss_heads import choose
 from tests.training.networks import assert_close, compiled, weights
 
 

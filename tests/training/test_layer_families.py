@@ -10,8 +10,8 @@ from keras_natgrad.capture import registry
 from keras_natgrad.capture.embedding import describe_embedding
 from keras_natgrad.curvature import estimated_gram, fisher_gram
 from keras_natgrad.curvature.cotangents import column_cotangents
-from keras_natgrad.curvature.factor_columns import Columns
-from keras_natgrad.curvature.network_factor import NetworkFactor
+from keras_natgrad.curvature.network_root import NetworkRoot
+from keras_natgrad.curvature.root_columns import Columns
 from tests.curvature.conftest import Recorded
 from tests.training.networks import (
     FEATURES,
@@ -401,7 +401,7 @@ def test_factor_and_products_of_the_network(float64):
     recorded = Recorded(model, tf.constant(x), ["categorical"])
     assert not recorded.captured.fallbacks
     columns = Columns(recorded.terms, "exact", tf.constant([0, 0]))
-    factor = NetworkFactor(
+    factor = NetworkRoot(
         recorded.captured, columns, recorded.terms[0].outputs, 2**20
     )
     # The reference: the Jacobian of the tape, entry by entry.

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tf_keras
 from typing_extensions import override
 
-from keras_natgrad import distribution
+from keras_natgrad import replicas
 from keras_natgrad._compat import (
     current_rate,
     optimizer_variables,
@@ -224,7 +224,7 @@ class KFAC(tf_keras.optimizers.Optimizer):
             ValueError: If no model is attached, or no forward pass of it was
                 seen.
         """
-        distribution.refuse_replicas(
+        replicas.refuse_replicas(
             "KFAC for tf_keras",
             "gradients",
             "the parts of a batch are not put together",

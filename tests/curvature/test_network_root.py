@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_natgrad.curvature.factor_columns import Columns
-from keras_natgrad.curvature.network_factor import NetworkFactor
+from keras_natgrad.curvature.network_root import NetworkRoot
+from keras_natgrad.curvature.root_columns import Columns
 from tests.reference import fisher
 from tests.reference.bridge import dense_layers, mlp, network_of, randomize
 from tests.reference.unknown import Unknown
@@ -81,7 +81,7 @@ def build(record, name, kind="exact", max_elements=2**20):
             ]
         )
     columns = Columns(recorded.terms, kind, SEED)
-    factor = NetworkFactor(recorded.captured, columns, loss, max_elements)
+    factor = NetworkRoot(recorded.captured, columns, loss, max_elements)
     layers, sources, outputs = network
     trace = network_of(layers, sources, outputs).trace(x)
     return recorded, factor, trace, loss
@@ -157,7 +157,7 @@ def test_categorical_residual(record):
             term.coefficients * term.head.log_prob(term.outputs, labels)
         )
     columns = Columns(recorded.terms, "exact", SEED)
-    factor = NetworkFactor(recorded.captured, columns, loss, 2**20)
+    factor = NetworkRoot(recorded.captured, columns, loss, 2**20)
     gradients = recorded.tape.gradient(loss, recorded.captured.variables)
     expected = factor.flatten(factor.from_tensors(gradients))
     assert_close(factor.flatten(factor.product(factor.residual())), expected)
@@ -188,7 +188,7 @@ def test_sampled_has_the_exact_one_as_mean(record):
     draws = []
     for seed in range(400):
         columns = Columns(recorded.terms, "sampled", tf.constant([seed, 1]))
-        factor = NetworkFactor(
+        factor = NetworkRoot(
             recorded.captured, columns, recorded.terms[0].outputs, 2**20
         )
         matrix = factor.matrix().numpy()
@@ -212,7 +212,7 @@ def test_fallback_variables(record):
     x = tf.constant(np.random.default_rng(0).normal(size=(5, 3)))
     recorded = record(model, x, ["normal"])
     columns = Columns(recorded.terms, "exact", SEED)
-    factor = NetworkFactor(
+    factor = NetworkRoot(
         recorded.captured, columns, recorded.terms[0].outputs, 2**20
     )
     matrix = factor.matrix().numpy()

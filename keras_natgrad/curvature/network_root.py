@@ -9,12 +9,12 @@ from typing import Any
 import tensorflow as tf
 from typing_extensions import override
 
+from keras_natgrad.curvature.assignment import Entry
 from keras_natgrad.curvature.captured_pass import CapturedPass
-from keras_natgrad.curvature.entry import Entry
-from keras_natgrad.curvature.factor_columns import Columns
 from keras_natgrad.curvature.products import jacobian_vector_products
+from keras_natgrad.curvature.root_columns import Columns
 from keras_natgrad.linalg import to_dense
-from keras_natgrad.solvers.factor import Direction, FisherFactor
+from keras_natgrad.solvers.root import Direction, FisherRoot
 
 # Columns of an example up to which their backward passes are unrolled.
 _UNROLLED = 16
@@ -23,7 +23,7 @@ _UNROLLED = 16
 _JACOBIAN_ROWS = 64
 
 
-class NetworkFactor(FisherFactor):
+class NetworkRoot(FisherRoot):
     r"""A of the outputs of a network, layer by layer.
 
     The columns of one example are numbered through over its outputs,

@@ -3,7 +3,7 @@
 import keras
 import pytest
 
-from keras_natgrad.capture.patterns import (
+from keras_natgrad.capture.selectors import (
     LayerLabel,
     check_patterns,
     class_names,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_natgrad import distribution
+from keras_natgrad import replicas
 from keras_natgrad.curvature.estimator import share_out
 
 
@@ -24,28 +24,28 @@ def in_replicas(strategy, function):
 
 
 def test_alone():
-    assert distribution.replica_count() == 1
-    assert distribution.replica_key() == 0
-    assert distribution.refresh_devices() == ()
+    assert replicas.replica_count() == 1
+    assert replicas.replica_key() == 0
+    assert replicas.refresh_devices() == ()
     tensor = tf.constant(3.0)
-    assert distribution.sum_over_replicas(tensor) is tensor
+    assert replicas.sum_over_replicas(tensor) is tensor
     seed = tf.constant([1, 2])
-    assert distribution.replica_seed(seed) is seed
-    assert distribution.across_replicas(lambda: 5) == 5
-    distribution.check_merge("KFAC")
-    distribution.refuse_replicas("KFAC", "this", "so", "That.")
+    assert replicas.replica_seed(seed) is seed
+    assert replicas.across_replicas(lambda: 5) == 5
+    replicas.check_merge("KFAC")
+    replicas.refuse_replicas("KFAC", "this", "so", "That.")
 
 
 @pytest.mark.parametrize("yes", [True, False])
 def test_cond_alone(yes):
     variable = tf.Variable(0)
-    distribution.cond(
+    replicas.cond(
         tf.constant(yes),
         lambda: variable.assign(1),
         lambda: variable.assign(2),
     )
     assert int(variable) == (1 if yes else 2)
-    distribution.cond(tf.constant(False), lambda: variable.assign(7))
+    replicas.cond(tf.constant(False), lambda: variable.assign(7))
     assert int(variable) != 7
 
 
@@ -53,9 +53,9 @@ def test_sum_count_and_key(mirrored_strategy):
     keys = []
 
     def body(number):
-        assert distribution.replica_count() == 2
-        keys.append(distribution.replica_key())
-        return distribution.sum_over_replicas(tf.cast(number, tf.float32) + 1)
+        assert replicas.replica_count() == 2
+        keys.append(replicas.replica_key())
+        return replicas.sum_over_replicas(tf.cast(number, tf.float32) + 1)
 
     assert in_replicas(mirrored_strategy, body) == [3.0, 3.0]
     assert sorted(keys) == [0, 1]
@@ -64,7 +64,7 @@ def test_sum_count_and_key(mirrored_strategy):
 def test_seeds_differ(mirrored_strategy):
     first, second = in_replicas(
         mirrored_strategy,
-        lambda _: distribution.replica_seed(tf.constant([1, 2])),
+        lambda _: replicas.replica_seed(tf.constant([1, 2])),
     )
     assert np.any(first != second)
 
@@ -78,15 +78,15 @@ def test_replicas_talk_inside_cond(yes, mirrored_strategy):
         own = tf.cast(number, tf.float32) + 1
 
         def talk():
-            variable.assign(distribution.sum_over_replicas(own))
+            variable.assign(replicas.sum_over_replicas(own))
 
             def nested():
-                total = distribution.sum_over_replicas(10 * own)
+                total = replicas.sum_over_replicas(10 * own)
                 variable.assign_add(total)
 
-            distribution.cond(own > 0, nested)
+            replicas.cond(own > 0, nested)
 
-        distribution.cond(tf.constant(yes), talk)
+        replicas.cond(tf.constant(yes), talk)
         return variable.read_value()
 
     expected = 33.0 if yes else 0.0
@@ -103,9 +103,7 @@ def test_across_replicas_sums_are_read(mirrored_strategy):
 
     def body(number):
         total.assign(tf.cast(number, tf.float32) + 1)
-        found = distribution.across_replicas(
-            lambda: tf.convert_to_tensor(total)
-        )
+        found = replicas.across_replicas(lambda: tf.convert_to_tensor(total))
         return found * (tf.cast(number, tf.float32) + 1)
 
     assert in_replicas(mirrored_strategy, body) == [3.0, 6.0]
@@ -122,7 +120,7 @@ def test_traced_once(eager):
         return tf.constant(0)
 
     def twice(yes):
-        traced = distribution.traced_once(add)
+        traced = replicas.traced_once(add)
         tf.cond(yes, traced, lambda: tf.constant(0))
         between = count.read_value()
         tf.cond(yes, traced, lambda: tf.constant(0))
@@ -137,7 +135,7 @@ def test_traced_once(eager):
 
 def test_refuse_replicas(mirrored_strategy):
     def body(number):
-        distribution.refuse_replicas("KFAC", "this", "so it is", "Use that.")
+        replicas.refuse_replicas("KFAC", "this", "so it is", "Use that.")
 
     message = "KFAC with this does not run on 2 replicas: so it is. Use that."
     with pytest.raises(ValueError, match=message):
@@ -146,7 +144,7 @@ def test_refuse_replicas(mirrored_strategy):
 
 def test_refresh_devices(mirrored_strategy):
     with mirrored_strategy.scope():
-        devices = distribution.refresh_devices()
+        devices = replicas.refresh_devices()
     assert len(set(devices)) == 2
 
 

@@ -19,7 +19,7 @@ from keras_natgrad.linalg import (
 )
 
 
-class LayerUse(NamedTuple):
+class LayerCall(NamedTuple):
     """One call of a layer.
 
     Attributes:
@@ -35,20 +35,20 @@ class LayerUse(NamedTuple):
     tape: tf.GradientTape | None = None
 
 
-class LayerUses:
+class LayerTrace:
     """What one layer did in a forward pass.
 
     Attributes:
         layer: The layer.
         lost: Whether it was called, but in a graph of its own, where nothing
             can be sent back to it.
-        uses: One `LayerUse` per call.
+        uses: One `LayerCall` per call.
     """
 
     def __init__(self, layer: keras.layers.Layer) -> None:
         self.layer = layer
         self.lost = False
-        self.uses: list[LayerUse] = []
+        self.uses: list[LayerCall] = []
 
     @functools.cached_property
     def specs(self) -> tuple[LinearMap, ...]:
@@ -56,15 +56,15 @@ class LayerUses:
         return linear_maps(self.layer)
 
 
-class LayerRecord:
+class MapTrace:
     """What one matrix of a layer did in a forward pass.
 
     Args:
-        recorded: `LayerUses` of the layer.
+        recorded: `LayerTrace` of the layer.
         index: Which of the layer's `LinearMap`s.
     """
 
-    def __init__(self, recorded: LayerUses, index: int = 0) -> None:
+    def __init__(self, recorded: LayerTrace, index: int = 0) -> None:
         self._recorded = recorded
         self._index = index
 
@@ -94,7 +94,7 @@ class LayerRecord:
         return self._recorded.specs[self._index]
 
     @property
-    def _uses(self) -> list[LayerUse]:
+    def _uses(self) -> list[LayerCall]:
         """The uses of the layer that are uses of this matrix.
 
         Those of its transpose come last.
@@ -105,7 +105,7 @@ class LayerRecord:
             uses = [*uses, *self._uses_of(spec.transposed)]
         return uses
 
-    def _uses_of(self, spec: LinearMap) -> list[LayerUse]:
+    def _uses_of(self, spec: LinearMap) -> list[LayerCall]:
         if spec.applies is None:
             return self._recorded.uses
         return [u for u in self._recorded.uses if spec.applies(**u.arguments)]
@@ -207,7 +207,7 @@ def _counts_up(inputs: tf.Tensor) -> bool:
 
 
 def _inputs(
-    spec: LinearMap, uses: Sequence[LayerUse], dtype: Any, batch: tf.Tensor
+    spec: LinearMap, uses: Sequence[LayerCall], dtype: Any, batch: tf.Tensor
 ) -> Rows:
     """Returns the canonical inputs of some uses of one map."""
     layout = spec.layout
@@ -225,7 +225,7 @@ def _inputs(
     return merged if layout.bias_shape is None else homogeneous(merged)
 
 
-def _own_inputs(spec: LinearMap, use: LayerUse) -> Rows:
+def _own_inputs(spec: LinearMap, use: LayerCall) -> Rows:
     inputs = tf.stop_gradient(use.inputs)
     if spec.with_arguments:
         return spec.inputs(inputs, **use.arguments)

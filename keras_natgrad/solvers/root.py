@@ -16,7 +16,7 @@ from keras_natgrad.linalg import random_signs, scalar
 Direction = Sequence[tf.Tensor]
 
 
-class FisherFactor(abc.ABC):
+class FisherRoot(abc.ABC):
     r"""The factor A of one batch's Fisher, `F = A Aᵀ`, by its products.
 
     With the loss `Σ_i c_i ℓ_i(η_i)` over examples and positions,
@@ -110,7 +110,7 @@ class System(NamedTuple):
     remainder: Direction | None = None
     shift: Direction | None = None
 
-    def target(self, factor: FisherFactor) -> tf.Tensor:
+    def target(self, factor: FisherRoot) -> tf.Tensor:
         """Returns `u − Aᵀ s`, the residual that the shift leaves."""
         if self.shift is None:
             return self.residual
@@ -152,7 +152,7 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def solve(
-        self, factor: FisherFactor, system: System, exact: bool = False
+        self, factor: FisherRoot, system: System, exact: bool = False
     ) -> Solution:
         """Returns φ.
 

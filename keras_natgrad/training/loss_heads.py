@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad import distribution, heads
+from keras_natgrad import heads, replicas
 from keras_natgrad._compat import declared_losses
 from keras_natgrad.curvature import OutputTerm
 from keras_natgrad.heads import tensors
@@ -28,7 +28,7 @@ _HOW_TO_GIVE_A_HEAD = (
 
 
 @dataclass(frozen=True)
-class Choice:
+class LossHead:
     """How the Fisher of one loss is found.
 
     Attributes:
@@ -130,7 +130,7 @@ def _at_scale_of_errors(
     # A mask may hide what is not finite.
     counted = tf.where(coefficients > 0, coefficients * errors, 0.0)
     total, weight = (
-        distribution.sum_over_replicas(tf.reduce_sum(each))
+        replicas.sum_over_replicas(tf.reduce_sum(each))
         for each in (counted, coefficients)
     )
     scale = tf.math.divide_no_nan(total, weight)
@@ -146,7 +146,7 @@ def choose(
     head: Any,
     shape: tuple[int | None, ...] | None,
     observed: bool = False,
-) -> Choice:
+) -> LossHead:
     """Finds what stands for a loss.
 
     In this order: the head that the user gave, the head whose negative
@@ -165,7 +165,7 @@ def choose(
         ValueError: If a head does not fit the loss or the output.
     """
     size = None if shape is None else shape[-1]
-    make = functools.partial(Choice, loss, name, size=size)
+    make = functools.partial(LossHead, loss, name, size=size)
     if head is not None:
         # The reduction is the loss's own; what it reduces is one value per
         # position, as for every head.
@@ -202,7 +202,7 @@ def declared_rows(
     return rows
 
 
-def warn_of_fallbacks(choices: Sequence[Choice]) -> None:
+def warn_of_fallbacks(choices: Sequence[LossHead]) -> None:
     """Warns of the losses whose Fisher is not that of a head."""
     parts = []
     for choice in choices:

@@ -20,7 +20,7 @@ from keras_natgrad.blocks import (
     create,
 )
 from keras_natgrad.capture import LayerPlan, Plan
-from keras_natgrad.capture.patterns import (
+from keras_natgrad.capture.selectors import (
     check_patterns,
     first_match,
     pattern_name,
@@ -50,7 +50,7 @@ class BlockOptions:
 
     Attributes:
         block: Block name for captured layers, or a dictionary of patterns
-            (see `capture.patterns`) and names. The first pattern that matches
+            (see `capture.selectors`) and names. The first pattern that matches
             counts; layers without one get the default, `"auto"`:
             `"feature_scaled"` for dense layers that read the model's inputs,
             `"kronecker"` for the rest. With both of these and with

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.solvers.factor import Direction, FisherFactor
+from keras_natgrad.solvers.root import Direction, FisherRoot
 
 
 class ResidualGroup(NamedTuple):
@@ -34,7 +34,7 @@ class ResidualGroup(NamedTuple):
         return 0.5 * self.weight * tf.reduce_mean(tf.square(self.values))
 
 
-class _ResidualFactor(FisherFactor):
+class _ResidualFactor(FisherRoot):
     """What both factors of residuals share: one tensor per variable."""
 
     def __init__(
@@ -81,7 +81,7 @@ class _ResidualFactor(FisherFactor):
         ]
 
 
-class JacobianFactor(_ResidualFactor):
+class JacobianRoot(_ResidualFactor):
     """A = Jᵀ of the scaled residuals, as a matrix.
 
     Args:
@@ -125,7 +125,7 @@ class JacobianFactor(_ResidualFactor):
         return tf.transpose(self._jacobian)
 
 
-class TapeFactor(_ResidualFactor):
+class TapeRoot(_ResidualFactor):
     """A = Jᵀ of the scaled residuals, by products alone.
 
     Args:
@@ -190,7 +190,7 @@ class TapeFactor(_ResidualFactor):
             )
             for g in self._groups
         ]
-        return JacobianFactor(self._groups, self._variables, jacobians).matrix()
+        return JacobianRoot(self._groups, self._variables, jacobians).matrix()
 
 
 def pointwise_jacobian(

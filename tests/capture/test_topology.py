@@ -3,7 +3,7 @@
 import keras
 import pytest
 
-from keras_natgrad.capture.following import find_following
+from keras_natgrad.capture.topology import find_following
 
 layers = keras.layers
 

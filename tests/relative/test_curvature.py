@@ -9,16 +9,15 @@ from keras_natgrad import heads
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.blocks import UnitwiseBlock
 from keras_natgrad.capture import Taps, make_plan, match_layers
-from keras_natgrad.curvature import (
-    CapturedPass,
+from keras_natgrad.curvature import CapturedPass, OutputTerm
+from keras_natgrad.relative import (
     HorizonOptions,
-    OutputTerm,
     RelativeCurvature,
     ResponseOptions,
     find_sources,
     plan_metrics,
 )
-from keras_natgrad.curvature.responses import find_response
+from keras_natgrad.relative.responses import find_response
 from tests.reference import fisher, relative
 from tests.reference.bridge import matrix_of, mlp, network_of, randomize
 from tests.reference.heads import Term
@@ -76,7 +75,7 @@ def metrics(model, x, horizon=1, max_elements=LARGE, coefficients=None, **kw):
         curvature.entries,
         [variable.value for variable in variables],
     )
-    statistics = curvature.relative_statistics(
+    statistics = relative.curvature_statistics(
         captured, sources, taps, tf.constant([0, 0], tf.int32)
     )
     curvature.accumulate(statistics, 0.0)

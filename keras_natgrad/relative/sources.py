@@ -10,8 +10,8 @@ import keras
 
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture import applies_matrix
-from keras_natgrad.capture.following import find_following
-from keras_natgrad.curvature.responses import (
+from keras_natgrad.capture.topology import find_following
+from keras_natgrad.relative.responses import (
     ResponseOptions,
     UnitResponse,
     find_response,

@@ -21,17 +21,17 @@ from keras_natgrad.blocks import (
     UnitwiseBlock,
 )
 from keras_natgrad.capture import Plan, Taps
+from keras_natgrad.curvature.assignment import BlockOptions, Entry
 from keras_natgrad.curvature.captured_pass import CapturedPass
 from keras_natgrad.curvature.cotangents import OutputTerm
-from keras_natgrad.curvature.entry import BlockOptions, Entry
 from keras_natgrad.curvature.estimator import (
     BlockDiagonal,
     Statistics,
     sum_over_columns,
 )
-from keras_natgrad.curvature.sources import Source
 from keras_natgrad.heads.tensors import as_parameters
 from keras_natgrad.linalg import to_dense
+from keras_natgrad.relative.sources import Source
 
 #: What units share whose metrics do not fit: the mean of a group, or the
 #: eigenvectors of the mean of all.
