@@ -89,10 +89,11 @@ class KFAC(PreconditionedOptimizer):
             has it, or `None`.
         block: Block of captured layers: `"kronecker"`, `"feature_scaled"`
             (damping in each input feature's own unit), `"ekfac"`,
-            `"diagonal"`, `"full"`, `"input_factor"`, or a name given to
-            `keras_natgrad.register_block`; `"auto"` is `"feature_scaled"` for
-            dense layers that read the model's inputs and `"kronecker"` for
-            the rest. Or a dictionary `{pattern: name}`:
+            `"diagonal"`, `"full"`, `"input_factor"`, a name given to
+            `keras_natgrad.register_block`, or an instance with options of its
+            own, `keras_natgrad.blocks.EigenBlock(...)`; `"auto"` is
+            `"feature_scaled"` for dense layers that read the model's inputs
+            and `"kronecker"` for the rest. Or a dictionary `{pattern: block}`:
             a pattern is a layer's name or path, a glob (`"conv*"`,
             `"*/attention/*"`) or a layer class, the first
             that matches counts, and layers without one keep the default.
@@ -245,7 +246,7 @@ class KFAC(PreconditionedOptimizer):
                 self.quadratic_model
             ),
             norm_constraint=self.norm_constraint,
-            block=_plain(self.block_options.block),
+            block=self.block_options.block_config(),
             weight_sharing=_plain(self.block_options.weight_sharing),
             max_factor_size=self.block_options.max_factor_size,
             fallback=self.block_options.fallback,

@@ -359,7 +359,7 @@ class ModelledOptimizer(RetractingOptimizer):
 
         size = len(candidates)
         if self._by_layer:
-            size += len(candidates[0]) - 1
+            size += len(self.curvature.entries) - 1
         return tf.cond(count > 1, several, one)
 
     def _capture(self, observation: Observation) -> CapturedPass:

@@ -249,8 +249,13 @@ class WholeNetworkOptimizer(AdaptiveOptimizer):
         inverse = None
         if _preconditioner(solver) != "none":
             self._update_preconditioner(factor, system.damping)
-            inverse = self._layers.precondition
+            inverse = self._precondition
         return solver.solve(factor, system, start=start, preconditioner=inverse)
+
+    def _precondition(self, direction: Direction) -> list[tf.Tensor]:
+        """Returns the blocks' inverse times a matrix per layer."""
+        layers = self._layers
+        return layers.split(layers.precondition(layers.join(direction)))
 
     def _update_preconditioner(
         self, factor: FisherRoot, damping: tf.Tensor
