@@ -191,6 +191,8 @@ class PreconditionedOptimizer(ModelledOptimizer):
         refresh = replicas.traced_once(self._refresh)
         self._refresh_if(forced, refresh)
         matrices = self.curvature.to_matrices(gradients)
+        if self.curvature.uses_gradients:
+            self.curvature.observe_gradients(matrices)
         pulled = self._pulled(matrices)
         solved = self.curvature.precondition(pulled)
         if self.line_search is not None:
