@@ -11,8 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from keras_natgrad.blocks import Block
-from keras_natgrad.curvature import BlockDiagonal
+from keras_natgrad.curvature import (
+    BlockCurvature,
+    BlockDiagonal,
+    WholeNetwork,
+)
 from keras_natgrad.solvers import Solver
+from keras_natgrad.step import Direction
 
 _COLUMNS = (
     "Layer",
@@ -25,6 +30,27 @@ _COLUMNS = (
 _WIDTH = 120
 # Blocks that leave the gradient's direction as it is.
 _FIRST_ORDER = ("first_order", "identity")
+
+
+def render(
+    direction: Direction,
+    variables: Sequence[Any],
+    losses: Sequence[tuple[str, str, str]] = (),
+    positions: Sequence[int | None] = (),
+) -> str:
+    """Returns the summary of an optimizer as text.
+
+    Args:
+        direction: Where its preconditioned gradient comes from, built.
+        variables: The optimizer's variables.
+        losses: Output, head and how its Fisher is found, per loss.
+        positions: Per captured layer, how often a call applies its matrix, as
+            far as that is known.
+    """
+    if isinstance(direction, BlockCurvature):
+        return render_table(direction.blocks, variables, losses, positions)
+    assert isinstance(direction, WholeNetwork)
+    return render_solver(direction.layers, variables, direction.solver, losses)
 
 
 def table_rows(
