@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import abc
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +11,6 @@ import tensorflow as tf
 from keras_natgrad import _compat, replicas
 from keras_natgrad.capture import CurvatureTape, Plan
 from keras_natgrad.capture.eligibility import check_batched, check_reached
-from keras_natgrad.capture.positions import known_positions
 from keras_natgrad.optimizers.attachment import (
     Attachment,
     check_same_model,
@@ -22,30 +19,27 @@ from keras_natgrad.optimizers.attachment import (
 from keras_natgrad.optimizers.engine import Engine, Parts
 from keras_natgrad.optimizers.observation import (
     Verdict,
-    all_finite,
     observe_network,
+    terms_of,
 )
+from keras_natgrad.optimizers.replica_checks import check_replicas
 from keras_natgrad.optimizers.saved_state import check_saved
 from keras_natgrad.optimizers.settings import Settings
 from keras_natgrad.optimizers.summary import render
-from keras_natgrad.step import Damping, StateFactory, StepState
+from keras_natgrad.optimizers.variables import aligned_gradients, state_factory
+from keras_natgrad.step import Damping, StepState
 from keras_natgrad.step.checks import check_positive
 from keras_natgrad.training import install, install_hook
 from keras_natgrad.training.loss_heads import LossHead
-from keras_natgrad.training.terms import mean_terms
 
 _NO_CURVATURE = (
     "This {name} optimizer received gradients without curvature. In a custom "
     "training loop, compute them with `keras_natgrad.CurvatureTape(optimizer)`"
     " in place of `tf.GradientTape()`."
 )
-_KERAS_MERGES = (
-    "Keras does not support `{argument}` under a strategy with several "
-    "replicas. Received: {argument}={value!r}"
-)
 
 
-class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
+class CurvatureOptimizer(keras.optimizers.Optimizer):
     """Base class of optimizers that see the layers of their model.
 
     It connects Keras with an `Engine`, which makes the steps. A subclass is a
@@ -218,11 +212,11 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         self._build_engine(variables)
 
     def _build_engine(self, variables: list[Any]) -> None:
-        factory = StateFactory(
-            self._add_curvature, self._add_sum, self._add_integer
-        )
         self.engine.build(
-            self.attachment.plan, variables, factory, self.iterations
+            self.attachment.plan,
+            variables,
+            state_factory(self),
+            self.iterations,
         )
 
     def model_variables(self, variables: Sequence[Any]) -> list[Any]:
@@ -234,34 +228,6 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         if not self.built:
             return []
         return self.model_variables(_compat.optimizer_variables(self))
-
-    def _add_curvature(self, name: str, shape: Any, initializer: Any) -> Any:
-        """Adds one saved variable of the curvature's dtype."""
-        return self.add_variable(
-            shape=shape,
-            initializer=initializer,
-            dtype=self.curvature_dtype,
-            name=name,
-        )
-
-    def _add_sum(self, name: str, shape: Any, initializer: Any) -> Any:
-        """Adds one that is the sum of a part on every replica."""
-        return _compat.add_summed_variable(
-            self, name, shape, initializer, self.curvature_dtype
-        )
-
-    def _add_integer(self, name: str, shape: Any) -> Any:
-        """Adds one saved variable of integers."""
-        return self.add_variable(
-            shape=shape, initializer="zeros", dtype="int32", name=name
-        )
-
-    @property
-    def curvature_dtype(self) -> str:
-        """float64 where the model is, float32 otherwise."""
-        variables = _compat.optimizer_variables(self)
-        wide = any(v.dtype == "float64" for v in variables)
-        return "float64" if wide else "float32"
 
     # -- One step --------------------------------------------------------
 
@@ -278,16 +244,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         own = _compat.optimizer_variables(self)
         check_trainable(type(self).__name__, own)
         layers = self.attachment.layers(model, self._own_variables())
-        terms = tape.terms
-        if terms is None:
-            if self.attached_head() is None or tape.model_outputs is None:
-                raise ValueError(
-                    "The tape does not know what distribution the model's "
-                    "outputs parametrise. Write `optimizer.attach(model, "
-                    "head=keras_natgrad.heads.<Head>(...))`, and call the "
-                    "model inside the tape."
-                )
-            terms = mean_terms(tape.model_outputs, self.attached_head())
+        terms = terms_of(tape, self.attached_head())
         self.check_replicas()
         records = [tape.taps.record(layer, index) for layer, index in layers]
         check_reached(records)
@@ -308,19 +265,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
 
     def check_replicas(self) -> None:
         """Raises ValueError for what several replicas cannot do."""
-        if replicas.replica_count() == 1:
-            return
-        replicas.check_merge(type(self).__name__)
-        self.engine.check_replicas(type(self).__name__)
-        for argument in (
-            "gradient_accumulation_steps",
-            "ema_overwrite_frequency",
-        ):
-            value = getattr(self, argument)
-            if value is not None:
-                raise ValueError(
-                    _KERAS_MERGES.format(argument=argument, value=value)
-                )
+        check_replicas(self)
 
     @property
     def steps_outside(self) -> bool:
@@ -355,18 +300,10 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
             check_same_model(type(self).__name__, model, trainable_variables)
             raise ValueError(_NO_CURVATURE.format(name=type(self).__name__))
         grads = _compat.all_reduce_gradients(self, grads, trainable_variables)
-        own = _compat.optimizer_variables(self)
-        aligned: list[Any] = [tf.zeros(v.shape, v.dtype) for v in own]
-        for gradient, variable in zip(grads, trainable_variables, strict=True):
-            index = _compat.variable_index(self, variable)
-            aligned[index] = tf.convert_to_tensor(gradient)
-
+        aligned = aligned_gradients(self, grads, trainable_variables)
         if self.gradient_accumulation_steps:
             # An earlier batch among the accumulated ones may have been bad.
-            seen = verdict.observation
-            finite = seen.is_finite & all_finite(aligned)
-            seen = dataclasses.replace(seen, is_finite=finite)
-            verdict = dataclasses.replace(verdict, observation=seen)
+            verdict = verdict.with_gradients(aligned)
 
         def step() -> None:
             _compat.apply_weight_decay(self, trainable_variables)
@@ -460,16 +397,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         """
         if not self.engine.is_built:
             self.build(self.attached_model().trainable_variables)
-        variables = _compat.optimizer_variables(self)
-        assert self.attachment.plan is not None
-        positions = known_positions(
-            self.attachment.plan,
-            self.attached_model(),
-            self.model_variables(variables),
-        )
-        text = render(
-            self.engine.direction, variables, self.loss_rows(), positions
-        )
+        text = render(self)
         (print_fn or print)(text)
 
     # -- Saving ----------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_natgrad import replicas
 from keras_natgrad.capture import CurvatureTape, MapTrace
 from keras_natgrad.curvature import OutputTerm
-from keras_natgrad.training.terms import in_support, total_weight
+from keras_natgrad.training.terms import in_support, mean_terms, total_weight
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,34 @@ class Verdict:
     def accepted(self) -> tf.Tensor:
         """Scalar bool: the batch enters the statistics and makes a step."""
         return self.observation.is_usable & tf.logical_not(self.surged)
+
+    def with_gradients(self, gradients: Sequence[Any]) -> Verdict:
+        """Returns it with the gradients that were accumulated until now."""
+        seen = self.observation
+        finite = seen.is_finite & all_finite(gradients)
+        return replace(self, observation=replace(seen, is_finite=finite))
+
+
+def terms_of(tape: CurvatureTape, head: Any) -> Sequence[OutputTerm]:
+    """Returns what the loss of a tape is made of.
+
+    Args:
+        tape: The tape, after the forward pass.
+        head: The attached head, or `None`.
+
+    Raises:
+        ValueError: If neither the tape nor the head says so.
+    """
+    if tape.terms is not None:
+        return tape.terms
+    if head is None or tape.model_outputs is None:
+        raise ValueError(
+            "The tape does not know what distribution the model's outputs "
+            "parametrise. Write `optimizer.attach(model, "
+            "head=keras_natgrad.heads.<Head>(...))`, and call the model "
+            "inside the tape."
+        )
+    return mean_terms(tape.model_outputs, head)
 
 
 def observe_network(

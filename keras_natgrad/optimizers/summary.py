@@ -10,14 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keras_natgrad import _compat
 from keras_natgrad.blocks import Block
+from keras_natgrad.capture.positions import known_positions
 from keras_natgrad.curvature import (
     BlockCurvature,
     BlockDiagonal,
     WholeNetwork,
 )
 from keras_natgrad.solvers import Solver
-from keras_natgrad.step import Direction
 
 _COLUMNS = (
     "Layer",
@@ -32,22 +33,17 @@ _WIDTH = 120
 _FIRST_ORDER = ("first_order", "identity")
 
 
-def render(
-    direction: Direction,
-    variables: Sequence[Any],
-    losses: Sequence[tuple[str, str, str]] = (),
-    positions: Sequence[int | None] = (),
-) -> str:
-    """Returns the summary of an optimizer as text.
+def render(optimizer: Any) -> str:
+    """Returns the summary of a built optimizer as text.
 
     Args:
-        direction: Where its preconditioned gradient comes from, built.
-        variables: The optimizer's variables.
-        losses: Output, head and how its Fisher is found, per loss.
-        positions: Per captured layer, how often a call applies its matrix, as
-            far as that is known.
+        optimizer: A `CurvatureOptimizer` that is attached to a model.
     """
+    direction, plan = optimizer.engine.direction, optimizer.attachment.plan
+    variables = _compat.optimizer_variables(optimizer)
+    own, losses = optimizer.model_variables(variables), optimizer.loss_rows()
     if isinstance(direction, BlockCurvature):
+        positions = known_positions(plan, optimizer.attached_model(), own)
         return render_table(direction.blocks, variables, losses, positions)
     assert isinstance(direction, WholeNetwork)
     return render_solver(direction.layers, variables, direction.solver, losses)
