@@ -100,6 +100,7 @@ def fisher(
             weight_sharing=weight_sharing,
             fallback="diagonal",
         ),
+        stacked=False,
     )
     wide = any(variable.dtype == "float64" for variable in variables)
     dtype = "float64" if wide else "float32"

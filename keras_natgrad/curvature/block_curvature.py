@@ -233,6 +233,11 @@ class BlockDirection(LocalDirection):
         self.metrics = self.blocks.damping_rows()
 
     @override
+    def observe_gradient(self) -> None:
+        if self.blocks.uses_gradients:
+            self.blocks.observe_gradients(self.gradient)
+
+    @override
     def to_vector(self, tensors: Sequence[Any]) -> Vector:
         return self.blocks.to_matrices(tensors)
 

@@ -39,7 +39,7 @@ class CapturedPass:
     Args:
         tape: Persistent tape of the forward pass.
         terms: The network's outputs.
-        records: One `MapTrace` per captured entry.
+        records: One `MapTrace` per captured layer, in the order of the plan.
         entries: All entries, captured ones first.
         variables: All variables, as `tf.Variable`s.
         share: This replica's share of the examples' weights, `None` where
@@ -62,8 +62,9 @@ class CapturedPass:
         self.tape = tape
         self.share = share
         self.terms = list(terms)
-        self.records = list(records)
         self.captured = [entry for entry in entries if entry.layer is not None]
+        #: Those of `captured`, in the same order.
+        self.records = [records[entry.position] for entry in self.captured]
         self.fallbacks = [entry for entry in entries if entry.layer is None]
         self.variables = list(variables)
         #: Number of examples.

@@ -130,7 +130,7 @@ def estimated_gram(
     Args:
         captured: The forward pass; it must have no fallback entries.
         backward: A backward pass of random cotangents.
-        directions: k directions, each one matrix per entry.
+        directions: k directions, each one tensor per stack.
         examples: How many examples to use at most.
         by_layer: Whether every layer's part of the first direction is a
             direction of its own. The products are the same.
@@ -161,7 +161,7 @@ def own_tangents(
 
     Args:
         inputs: Canonical inputs, one per layer.
-        directions: k directions, each one matrix per layer.
+        directions: k directions, each one tensor `[layers, ...]` per stack.
 
     Returns:
         k lists of `δᵀ ā_s`, of the shapes of the cotangents.
@@ -169,10 +169,15 @@ def own_tangents(
     return [
         [
             tangent_rows(a, matrix)
-            for a, matrix in zip(inputs, each, strict=True)
+            for a, matrix in zip(inputs, _layers(each), strict=True)
         ]
         for each in directions
     ]
+
+
+def _layers(direction: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns one matrix per layer."""
+    return [layer for stack in direction for layer in tf.unstack(stack)]
 
 
 def gram_of_tangents(

@@ -237,7 +237,12 @@ class WholeNetwork(Direction):
 
         due = periods.is_due(step, self.state.refresh_at.value)
         tf.cond(due, refresh, lambda: tf.constant(0))
-        return self.layers.precondition
+        return self._precondition
+
+    def _precondition(self, vector: Vector) -> list[tf.Tensor]:
+        """Returns the blocks' inverse times a matrix per layer."""
+        layers = self.layers
+        return layers.split(layers.precondition(layers.join(vector)))
 
 
 class WholeDirection(LocalDirection):

@@ -221,6 +221,7 @@ class Engine:
             learning_rate: The current learning rate.
         """
         here = self.direction.at(observation, gradients)
+        here.observe_gradient()
         stale = self.state.inverses_stale()
         # Otherwise there was a step before this one, and it has held.
         self.state.end_surges(~stale)

@@ -129,9 +129,9 @@ class HostRefresh:
             dampings, ratio = host.refresh_arguments(
                 damping, self._direction.ridge
             )
-            for entry, own in zip(host.entries, dampings, strict=True):
+            for stack, own in zip(host.stacks, dampings, strict=True):
                 started = time.perf_counter()
-                more_retries, more_failures = entry.block.refresh(own, ratio)
+                more_retries, more_failures = stack.block.refresh(own, ratio)
                 retries += int(more_retries)
                 failures += int(more_failures)
                 if self._threaded:
@@ -148,8 +148,8 @@ class HostRefresh:
             self._awaited.wait(min(_REST * seconds, _LONGEST_PAUSE))
 
     def _pairs(self) -> list[tuple[Any, Any]]:
-        own = self._direction.blocks.entries
-        return list(zip(own, self._host.entries, strict=True))
+        own = self._direction.blocks.stacks
+        return list(zip(own, self._host.stacks, strict=True))
 
     def _add_variable(
         self, name: str, shape: tuple[int, ...], initializer: str

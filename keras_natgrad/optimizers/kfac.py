@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import keras
 
-from keras_natgrad.capture.selectors import pattern_name
 from keras_natgrad.curvature import (
     FISHER_KINDS,
     BlockCurvature,
@@ -68,11 +66,10 @@ class KFACSettings(Settings):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block", "weight_sharing"):
-            choices = getattr(self, name)
-            if isinstance(choices, Mapping):
-                named = {pattern_name(k, name): v for k, v in choices.items()}
-                object.__setattr__(self, name, named)
+        # Patterns by name, and blocks from their configs.
+        blocks = self.block_options()
+        object.__setattr__(self, "block", blocks.block)
+        object.__setattr__(self, "weight_sharing", blocks.weight_sharing)
         if self.fisher not in FISHER_KINDS:
             raise ValueError(
                 f"`fisher` must be one of {FISHER_KINDS}. "
@@ -82,6 +79,16 @@ class KFACSettings(Settings):
         if self.norm_constraint is not None:
             check_positive("norm_constraint", self.norm_constraint)
         check_seed(self.seed)
+
+    def block_options(self) -> BlockOptions:
+        """Returns which block each layer gets."""
+        return BlockOptions(
+            self.block,
+            self.weight_sharing,
+            self.max_factor_size,
+            self.fallback,
+            self.damping_split,
+        )
 
     def rule(self) -> StepRule:
         """Returns how far the steps go."""
@@ -121,13 +128,6 @@ class KFACSettings(Settings):
             self.refresh_growth,
             self.refresh_where,
         )
-        blocks = BlockOptions(
-            self.block,
-            self.weight_sharing,
-            self.max_factor_size,
-            self.fallback,
-            self.damping_split,
-        )
         options = CurvatureOptions(
             self.fisher,
             self.factor_decay,
@@ -137,7 +137,7 @@ class KFACSettings(Settings):
             seed=self.seed,
         )
         return Parts(
-            direction=BlockCurvature(blocks, options),
+            direction=BlockCurvature(self.block_options(), options),
             rule=self.rule(),
             damping=self.damping,
             refreshing=Refreshing(periods),
@@ -212,10 +212,11 @@ class KFAC(CurvatureOptimizer):
             has it, or `None`.
         block: Block of captured layers: `"kronecker"`, `"feature_scaled"`
             (damping in each input feature's own unit), `"ekfac"`,
-            `"diagonal"`, `"full"`, `"input_factor"`, or a name given to
-            `keras_natgrad.register_block`; `"auto"` is `"feature_scaled"` for
-            dense layers that read the model's inputs and `"kronecker"` for
-            the rest. Or a dictionary `{pattern: name}`:
+            `"diagonal"`, `"full"`, `"input_factor"`, a name given to
+            `keras_natgrad.register_block`, or an instance with options of its
+            own, `keras_natgrad.blocks.EigenBlock(...)`; `"auto"` is
+            `"feature_scaled"` for dense layers that read the model's inputs
+            and `"kronecker"` for the rest. Or a dictionary `{pattern: block}`:
             a pattern is a layer's name or path, a glob (`"conv*"`,
             `"*/attention/*"`) or a layer class, the first
             that matches counts, and layers without one keep the default.

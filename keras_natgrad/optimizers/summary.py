@@ -66,10 +66,9 @@ def table_rows(
     reasons = dict(
         zip(curvature.plan.fallback, curvature.plan.reasons, strict=True)
     )
-    missing = len(curvature.entries) - len(positions)
-    for entry, shared in zip(
-        curvature.entries, [*positions, *[None] * missing], strict=True
-    ):
+    known = dict(enumerate(positions))
+    for entry in curvature.in_plan_order:
+        shared = None if entry.layer is None else known.get(entry.position)
         approximation = entry.block.describe()
         if entry.layer is not None:
             name = f"{entry.layer.path} ({entry.layer.layer_class})"
@@ -156,7 +155,7 @@ def render_solver(
     table = Table(title="Layers of the exact Fisher")
     for column in ("Layer", "Shape", "Columns of A"):
         table.add_column(column, overflow="fold")
-    for entry in layers.entries:
+    for entry in layers.in_plan_order:
         shape = entry.block.shape
         captured = entry.layer is not None
         name = variables[entry.variables[0]].path

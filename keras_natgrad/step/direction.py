@@ -101,6 +101,9 @@ class LocalDirection(abc.ABC):
     def batch_size(self) -> tf.Tensor:
         """Returns the examples per replica, an int32 scalar."""
 
+    def observe_gradient(self) -> None:  # noqa: B027 (few directions do)
+        """Shows the gradient of the step to what asks for it."""
+
     def remember(  # noqa: B027 (most directions remember nothing)
         self, tensors: Sequence[tf.Tensor], rejected: tf.Tensor
     ) -> None:

@@ -94,7 +94,7 @@ def inverses(optimizer):
     return [
         variable.numpy()
         for entry in optimizer.curvature.entries
-        for variable in entry.block._caches
+        for variable in entry.block._caches.values()
     ]
 
 
@@ -177,7 +177,7 @@ def test_a_failed_refresh_keeps_the_inverse_and_is_counted():
     steps(9)
     before = inverses(optimizer)
     for entry in optimizer.curvature.entries:
-        for average in entry.block._averages:
+        for average in entry.block._averages.values():
             average.assign(tf.fill(average.shape, np.nan))
     optimizer.state.refresh_asked.assign(1)
     optimizer.engine.refreshing.host.after_step()
