@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,12 @@ from keras_natgrad import replicas
 from keras_natgrad.capture import Plan
 from keras_natgrad.curvature.assignment import BlockOptions
 from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
-from keras_natgrad.curvature.cotangents import random_cotangents
 from keras_natgrad.curvature.estimator import BlockDiagonal
 from keras_natgrad.curvature.products import (
-    estimated_gram,
     fisher_gram,
     gram_of_tangents,
     own_tangents,
+    sample_examples,
 )
 from keras_natgrad.step.damping import least_scale
 from keras_natgrad.step.direction import Direction, LocalDirection, Vector
@@ -161,13 +160,13 @@ class BlockCurvature(Direction):
     @override
     def observe(
         self, observation: Any, accepted: tf.Tensor, seed: tf.Tensor
-    ) -> None:
+    ) -> CapturedPass:
+        captured = self.capture(observation)
         batches = self.state.count("batches")
         refresh = self.options.refresh
 
         def update() -> tf.Tensor:
-            # Captured here, it costs nothing on the steps between.
-            statistics = self.statistics(observation, seed)
+            statistics = self.statistics(captured, observation, seed)
             self.blocks.accumulate(
                 statistics, self.options.decay, keep_finite=True
             )
@@ -179,10 +178,12 @@ class BlockCurvature(Direction):
 
         due = refresh.is_due(batches, self.state.update_at.value)
         tf.cond(due & accepted, update, lambda: tf.constant(0))
+        return captured
 
-    def statistics(self, observation: Any, seed: tf.Tensor) -> Any:
+    def statistics(
+        self, captured: CapturedPass, observation: Any, seed: tf.Tensor
+    ) -> Any:
         """Returns the statistics of one batch, see `BlockDiagonal`."""
-        captured = self.capture(observation)
         return self.blocks.statistics(captured, self.options.fisher, seed)
 
     @override
@@ -194,7 +195,7 @@ class BlockCurvature(Direction):
 
     def capture(self, observation: Any) -> CapturedPass:
         """Returns the forward pass, ready to send cotangents back through."""
-        return CapturedPass(
+        captured = CapturedPass(
             observation.tape.gradient_tape,
             observation.terms,
             observation.records,
@@ -202,12 +203,15 @@ class BlockCurvature(Direction):
             [variable.value for variable in self.variables],
             observation.share,
         )
+        if self.options.fisher != "exact" and self.blocks.uses_cotangents:
+            captured.trace_backward(self.options.fisher)
+        return captured
 
     @override
     def at(
-        self, observation: Any, gradients: Sequence[tf.Tensor]
+        self, observation: Any, seen: Any, gradients: Sequence[tf.Tensor]
     ) -> BlockDirection:
-        return BlockDirection(self, observation, gradients)
+        return BlockDirection(self, observation, seen, gradients)
 
 
 class BlockDirection(LocalDirection):
@@ -216,6 +220,7 @@ class BlockDirection(LocalDirection):
     Args:
         curvature: `BlockCurvature`, built.
         observation: `NetworkObservation`.
+        captured: `CapturedPass` of the batch.
         gradients: One gradient per variable.
     """
 
@@ -223,14 +228,20 @@ class BlockDirection(LocalDirection):
         self,
         curvature: BlockCurvature,
         observation: Any,
+        captured: CapturedPass,
         gradients: Sequence[tf.Tensor],
     ) -> None:
         self.curvature = curvature
         self.blocks = curvature.blocks
         self.observation = observation
+        self.captured = captured
         self.gradient = self.blocks.to_matrices(gradients)
         self.parts = curvature.parts
-        self.metrics = self.blocks.damping_rows()
+
+    @property
+    def metrics(self) -> list[tf.Tensor | None]:
+        """The metric of the damping, that of the inverses in use."""
+        return self.blocks.damping_rows()
 
     @override
     def observe_gradient(self) -> None:
@@ -308,60 +319,43 @@ class BlockDirection(LocalDirection):
         self, vectors: Sequence[Vector], by_part: bool
     ) -> tf.Tensor:
         """Returns the mean of as many estimates as a small batch needs."""
-        options = self.curvature.options
-        captured = self.curvature.capture(self.observation)
-        dtype = self.gradient[0].dtype
-        count = options.model.estimates(captured.batch)
-        backward = self._random_backward(captured)
-
-        def one() -> tf.Tensor:
-            gram = estimated_gram(
-                captured,
-                backward(0),
-                vectors,
-                options.model.examples,
-                by_part,
-            )
-            return tf.cast(gram, dtype)
-
-        def several() -> tf.Tensor:
-            # The cotangents differ, the products with the vectors do not.
-            own = own_tangents(captured.inputs, vectors)
-
-            def add(
-                index: tf.Tensor, total: tf.Tensor
-            ) -> tuple[tf.Tensor, tf.Tensor]:
-                cotangents = backward(index).cotangents
-                gram = gram_of_tangents(own, cotangents, by_part)
-                return index + 1, total + tf.cast(gram, dtype)
-
-            size = len(vectors) + (self.parts - 1 if by_part else 0)
-            _, total = tf.while_loop(
-                lambda index, _: index < count,
-                add,
-                (tf.constant(0, tf.int32), tf.zeros([size, size], dtype)),
-            )
-            return total / tf.cast(count, dtype)
-
-        return tf.cond(count > 1, several, one)
-
-    def _random_backward(
-        self, captured: CapturedPass
-    ) -> Callable[[Any], Backward]:
-        """Returns what sends the n-th random cotangents back."""
-        options = self.curvature.options
+        settings, captured = self.curvature.options.model, self.captured
         batches = self.curvature.state.count("batches") - 1
         seed = replicas.replica_seed(
-            tf.stack([tf.constant(options.seed, tf.int32), batches])
+            tf.stack(
+                [tf.constant(self.curvature.options.seed, tf.int32), batches]
+            )
         )
 
         def backward(index: Any) -> Backward:
             folded = tf.random.fold_in(seed, index, alg="philox")
-            return captured.backward(
-                random_cotangents(captured.terms, options.fisher, folded)
+            return captured.random_backward(
+                self.curvature.options.fisher, folded
             )
 
-        return backward
+        # The cotangents differ from estimate to estimate, the products of the
+        # inputs with the vectors do not.
+        sample = sample_examples(captured, backward(0), settings.examples)
+        own = own_tangents(sample.inputs, vectors)
+        first = gram_of_tangents(
+            own, sample.cotangents, by_part, sample.weights
+        )
+        dtype = self.gradient[0].dtype
+        count = settings.estimates(captured.batch)
+
+        def add(
+            index: tf.Tensor, total: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor]:
+            gram = gram_of_tangents(own, backward(index).cotangents, by_part)
+            return index + 1, total + tf.cast(gram, dtype)
+
+        # A batch that is sampled makes one estimate.
+        _, total = tf.while_loop(
+            lambda index, _: index < count,
+            add,
+            (tf.constant(1, tf.int32), tf.cast(first, dtype)),
+        )
+        return total / tf.cast(count, dtype)
 
 
 def variable_names(variables: Sequence[Any]) -> list[str]:

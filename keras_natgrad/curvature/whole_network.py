@@ -162,7 +162,7 @@ class WholeNetwork(Direction):
 
     @override
     def at(
-        self, observation: Any, gradients: Sequence[tf.Tensor]
+        self, observation: Any, seen: Any, gradients: Sequence[tf.Tensor]
     ) -> WholeDirection:
         root = getattr(observation, "root", None)
         if root is None:

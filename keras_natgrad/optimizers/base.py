@@ -260,7 +260,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
 
     def _receive(self, verdict: Verdict) -> None:
         """Lets the engine observe a batch, and keeps it for `apply`."""
-        self.engine.observe(verdict)
+        verdict = self.engine.observe(verdict)
         self._observations[replicas.replica_key()] = verdict
 
     def check_replicas(self) -> None:
@@ -307,7 +307,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
 
         def step() -> None:
             _compat.apply_weight_decay(self, trainable_variables)
-            self.engine.step(verdict.observation, aligned, learning_rate)
+            self.engine.step(verdict, aligned, learning_rate)
 
         def skip() -> None:
             self.engine.skip(verdict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tensorflow as tf
@@ -194,33 +194,41 @@ class Engine:
         steps = [tf.convert_to_tensor(each) for each in self.updates]
         return tf.reduce_any([tf.reduce_any(step != 0) for step in steps])
 
-    def observe(self, verdict: Verdict) -> None:
-        """Lets the batch's statistics enter the curvature."""
+    def observe(self, verdict: Verdict) -> Verdict:
+        """Lets the batch's statistics enter the curvature.
+
+        Returns:
+            The verdict, with what the direction has seen.
+        """
         batches = self.state.count("batches")
         seed = replicas.replica_seed(
             tf.stack([tf.constant(self.parts.seed, tf.int32), batches])
         )
         self.refreshing.before_statistics(verdict.accepted)
-        self.direction.observe(verdict.observation, verdict.accepted, seed)
+        seen = self.direction.observe(
+            verdict.observation, verdict.accepted, seed
+        )
         self.state.increment(batches=1)
+        return replace(verdict, seen=seen)
 
     # -- The step --------------------------------------------------------
 
     def step(
         self,
-        observation: Any,
+        verdict: Verdict,
         gradients: Sequence[tf.Tensor],
         learning_rate: Any,
     ) -> None:
         """Moves the variables by `δ = −α Δ + μ δ₋₁`.
 
         Args:
-            observation: What the tape saw.
+            verdict: What the tape saw; the batch is accepted.
             gradients: One gradient per variable, zeros where the loss does
                 not depend on it.
             learning_rate: The current learning rate.
         """
-        here = self.direction.at(observation, gradients)
+        observation = verdict.observation
+        here = self.direction.at(observation, verdict.seen, gradients)
         here.observe_gradient()
         stale = self.state.inverses_stale()
         # Otherwise there was a step before this one, and it has held.

@@ -64,10 +64,12 @@ class Verdict:
     Attributes:
         observation: `Observation`.
         surged: Scalar bool: the last step has to be taken back.
+        seen: What the direction keeps of the batch until the step.
     """
 
     observation: Any
     surged: tf.Tensor
+    seen: Any = None
 
     @property
     def accepted(self) -> tf.Tensor:

@@ -14,6 +14,7 @@ from keras_natgrad.curvature import (
     BlockCurvature,
     BlockDiagonal,
     BlockOptions,
+    CapturedPass,
     CurvatureOptions,
 )
 from keras_natgrad.relative.curvature import (
@@ -94,10 +95,12 @@ class RelativeDirection(BlockCurvature):
         )
 
     @override
-    def statistics(self, observation: Any, seed: tf.Tensor) -> Any:
+    def statistics(
+        self, captured: CapturedPass, observation: Any, seed: tf.Tensor
+    ) -> Any:
         assert isinstance(self.blocks, RelativeCurvature)
         return self.blocks.relative_statistics(
-            self.capture(observation),
+            captured,
             self._sources,
             observation.tape.taps,
             seed,

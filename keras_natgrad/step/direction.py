@@ -178,13 +178,16 @@ class Direction(abc.ABC):
     @abc.abstractmethod
     def observe(
         self, observation: Any, accepted: tf.Tensor, seed: tf.Tensor
-    ) -> None:
+    ) -> Any:
         """Updates the statistics from one batch, if it is time.
 
         Args:
             observation: `Observation`.
             accepted: Scalar bool: the batch is one to learn from.
             seed: int32 `[2]`, of this batch and replica.
+
+        Returns:
+            What it has seen, for `at`.
         """
 
     @abc.abstractmethod
@@ -193,11 +196,12 @@ class Direction(abc.ABC):
 
     @abc.abstractmethod
     def at(
-        self, observation: Any, gradients: Sequence[tf.Tensor]
+        self, observation: Any, seen: Any, gradients: Sequence[tf.Tensor]
     ) -> LocalDirection:
         """Returns the curvature at a batch.
 
         Args:
             observation: `Observation`.
+            seen: What `observe` returned for it.
             gradients: One gradient per variable.
         """
