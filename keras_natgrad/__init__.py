@@ -27,6 +27,8 @@ from keras_natgrad.step import (
     LineSearch,
     QuadraticModel,
     Spring,
+    StepRule,
+    SurgeGuard,
 )
 from keras_natgrad.training import ResidualModel
 from keras_natgrad.version import __version__
@@ -45,6 +47,8 @@ __all__ = [
     "QuadraticModel",
     "ResidualModel",
     "Spring",
+    "StepRule",
+    "SurgeGuard",
     "__version__",
     "blocks",
     "callbacks",

@@ -17,7 +17,7 @@ import keras_natgrad as kng
 from keras_natgrad.blocks import BlockShape, create
 from keras_natgrad.curvature import OutputTerm, fisher_gram
 from keras_natgrad.linalg import damped_inverse
-from keras_natgrad.step import StepLength, quadratic_coefficients
+from keras_natgrad.step import QuadraticStep, quadratic_coefficients
 from tests.reference import fisher as reference
 from tests.reference import heads as reference_heads
 from tests.reference.bridge import (
@@ -960,7 +960,7 @@ def test_invariant_26_quadratic_coefficients_are_the_minimum():
     found = quadratic_coefficients(
         tf.constant(gram),
         tf.constant(slopes),
-        StepLength(True, None),
+        QuadraticStep(True, None),
         tf.constant(1.0, tf.float64),
     )
     np.testing.assert_allclose(found, -np.linalg.solve(gram, slopes))

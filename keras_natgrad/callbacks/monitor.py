@@ -19,7 +19,6 @@ from keras_natgrad.callbacks.spectra import (
     to_arrays,
 )
 from keras_natgrad.callbacks.tensorboard import SummaryWriter
-from keras_natgrad.step import LevenbergMarquardt
 from keras_natgrad.training.train_step import curvature_optimizer
 
 # Of the optimizer's statistics, those that are logged, and their names there.
@@ -210,7 +209,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         record = {"step": float(optimizer.iterations.numpy())}
         for name, logged in _LOGGED.items():
             record[logged] = statistics[name]
-        if not isinstance(optimizer.damping, LevenbergMarquardt):
+        if not optimizer.damping.adapts:
             del record["reduction_ratio"]
         record["update_norm"] = self._update_norm()
         if self.spectra:

@@ -99,7 +99,7 @@ class RaiseDamping(keras.callbacks.Callback):
                 "keras_natgrad, e.g. keras_natgrad.KFAC(). "
                 f"Received: optimizer={self.model.optimizer!r}"
             )
-        if optimizer.damping == 0.0:
+        if optimizer.damping.is_zero:
             raise ValueError(
                 "`RaiseDamping` multiplies the damping, which must not be "
                 f"zero. Received: damping=0.0 of {optimizer!r}"

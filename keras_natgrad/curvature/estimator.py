@@ -13,10 +13,7 @@ from keras_natgrad.blocks.shape import FactorScales
 from keras_natgrad.capture import Plan
 from keras_natgrad.curvature.assignment import BlockOptions, Entry, make_entries
 from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
-from keras_natgrad.curvature.cotangents import (
-    random_cotangents,
-    sum_over_columns,
-)
+from keras_natgrad.curvature.cotangents import sum_over_columns
 from keras_natgrad.curvature.stacks import Stack, make_stacks, share_out
 from keras_natgrad.linalg import scalar, trace_norm_ratio
 
@@ -127,7 +124,7 @@ class BlockDiagonal:
                 {name: tf.cast(share, s.dtype) * s for name, s in each.items()}
                 for each in first
             ]
-        if not any(stack.block.uses_cotangents for stack in self.stacks):
+        if not self.uses_cotangents:
             return first
 
         def second(cotangents: list[tf.Tensor]) -> list[Statistics]:
@@ -137,7 +134,9 @@ class BlockDiagonal:
         if kind == "exact":
             found = sum_over_columns(captured.terms, second, seed)
         else:
-            found = second(random_cotangents(captured.terms, kind, seed))
+            found = self._cotangent_statistics(
+                captured, captured.random_backward(kind, seed)
+            )
         return [{**a, **g} for a, g in zip(first, found, strict=True)]
 
     def _cotangent_statistics(
@@ -185,6 +184,11 @@ class BlockDiagonal:
             if isinstance(decay, float):
                 decay = scalar(decay, stack.block.dtype)
             stack.block.accumulate(new, decay, keep_finite)
+
+    @property
+    def uses_cotangents(self) -> bool:
+        """Whether any block has statistics of cotangents."""
+        return any(stack.block.uses_cotangents for stack in self.stacks)
 
     @property
     def uses_gradients(self) -> bool:

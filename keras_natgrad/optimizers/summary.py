@@ -10,8 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keras_natgrad import _compat
 from keras_natgrad.blocks import Block
-from keras_natgrad.curvature import BlockDiagonal
+from keras_natgrad.capture.positions import known_positions
+from keras_natgrad.curvature import (
+    BlockCurvature,
+    BlockDiagonal,
+    WholeNetwork,
+)
 from keras_natgrad.solvers import Solver
 
 _COLUMNS = (
@@ -25,6 +31,22 @@ _COLUMNS = (
 _WIDTH = 120
 # Blocks that leave the gradient's direction as it is.
 _FIRST_ORDER = ("first_order", "identity")
+
+
+def render(optimizer: Any) -> str:
+    """Returns the summary of a built optimizer as text.
+
+    Args:
+        optimizer: A `CurvatureOptimizer` that is attached to a model.
+    """
+    direction, plan = optimizer.engine.direction, optimizer.attachment.plan
+    variables = _compat.optimizer_variables(optimizer)
+    own, losses = optimizer.model_variables(variables), optimizer.loss_rows()
+    if isinstance(direction, BlockCurvature):
+        positions = known_positions(plan, optimizer.attached_model(), own)
+        return render_table(direction.blocks, variables, losses, positions)
+    assert isinstance(direction, WholeNetwork)
+    return render_solver(direction.layers, variables, direction.solver, losses)
 
 
 def table_rows(

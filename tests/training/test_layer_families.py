@@ -298,7 +298,7 @@ def test_tied_weights_under_other_optimizers(make, recwarn):
     model = compiled(language(), make())
     losses = [float(model.train_on_batch(x, y)) for _ in range(6)]
     assert losses[-1] < losses[0]
-    plan = model.optimizer._plan
+    plan = model.optimizer.attachment.plan
     assert any("ReversibleEmbedding" in reason for reason in plan.reasons)
     assert [e.layer_class for e in plan.layers].count("Dense") == 1
 
