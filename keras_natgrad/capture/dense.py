@@ -33,5 +33,6 @@ def merge_middle_axes(tensor: tf.Tensor, features: int) -> tf.Tensor:
     if tensor.shape.rank == 3:
         return tensor
     static = tensor.shape[1:-1]
-    shared = static.num_elements() if static.is_fully_defined() else -1
-    return tf.reshape(tensor, [tf.shape(tensor)[0], shared, features])
+    if static.is_fully_defined():
+        return tf.reshape(tensor, [-1, static.num_elements(), features])
+    return tf.reshape(tensor, [tf.shape(tensor)[0], -1, features])

@@ -46,7 +46,10 @@ def by_element(tensor: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     order = [0, *shared, *axes]
     if order != list(range(rank)):
         tensor = tf.transpose(tensor, order)
-    elements = size_of(tensor.shape[rank - len(axes) :])
+    first = rank - len(axes)
+    elements, positions = size_of(tensor.shape[first:]), tensor.shape[1:first]
+    if positions.is_fully_defined():
+        return tf.reshape(tensor, [-1, size_of(positions), elements, 1])
     return tf.reshape(tensor, [tf.shape(tensor)[0], -1, elements, 1])
 
 

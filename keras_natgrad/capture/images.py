@@ -57,11 +57,11 @@ def patches(layer: Any, images: tf.Tensor, groups: int | None = None) -> Rows:
     images = padded(channels_last(layer, images), window, layer.padding)
     if groups is not None:
         images = split_groups(images, groups)
-        return Patches(images[:, tf.newaxis], window)
+        return Patches(tf.expand_dims(images, 1), window)
     if math.prod(window.kernel) == 1:
         seen = window.at(images, (0,) * window.rank)
         return merge_middle_axes(seen, images.shape[-1])
-    return Patches(images[:, tf.newaxis], window)
+    return Patches(tf.expand_dims(images, 1), window)
 
 
 def depthwise_layout(

@@ -108,11 +108,10 @@ class BlockDiagonal:
             kind: One of `FISHER_KINDS`.
             seed: int32 `[2]`.
         """
+        weights = captured.weights
         first = self.stacked(
             [
-                entry.block.input_statistics(
-                    a, tf.cast(captured.weights, a.dtype)
-                )
+                entry.block.input_statistics(a, tf.cast(weights, a.dtype))
                 for entry, a in zip(self.captured, captured.inputs, strict=True)
             ]
             + [{} for _ in captured.fallbacks]

@@ -81,7 +81,7 @@ class Patches(StructuredRows):
     def _weighted(self, weights: tf.Tensor) -> tf.Tensor:
         """Returns images times weights of `[batch, images or 1]`."""
         ones = [1] * (self.images.shape.rank - 2)
-        shape = tf.concat([tf.shape(weights), ones], axis=0)
+        shape = [-1, size_of(weights, 1), *ones]
         return tf.reshape(weights, shape) * self.images
 
     @override
@@ -108,7 +108,7 @@ class Patches(StructuredRows):
 
     @override
     def scale(self, factors: tf.Tensor) -> Patches:
-        factors = factors[:, tf.newaxis]
+        factors = tf.expand_dims(factors, 1)
         constant = self.constant
         if constant is not None:
             constant = factors * constant
@@ -252,14 +252,19 @@ class Patches(StructuredRows):
         assert self.constant is not None
         repeated = self.constant[..., tf.newaxis]
         repeated = tf.tile(repeated, [1, 1, self._positions])
-        return tf.reshape(repeated, [size_of(self.images, 0), self._shared])
+        return tf.reshape(repeated, self._by_example())
+
+    def _by_example(self) -> list[Size]:
+        """Returns the first axes `[batch, shared]`, one of them left open."""
+        shared = self._shared if self.images.shape[1] else None
+        if isinstance(shared, int):
+            return [-1, shared]
+        return [size_of(self.images, 0), -1]
 
     def _canonical(self, values: tf.Tensor) -> tf.Tensor:
         """Merges `[N, *positions, (groups,) m]` to the canonical form."""
-        batch, features = size_of(self.images, 0), values.shape[-1]
-        merged = tf.reshape(
-            values, [batch, self._shared, *self._lead, features]
-        )
+        shape = [*self._by_example(), *self._lead, values.shape[-1]]
+        merged = tf.reshape(values, shape)
         if self._grouped:
             merged = tf.transpose(merged, [2, 0, 1, 3])
         return merged

@@ -114,10 +114,8 @@ def example_dots(
         return example_dots(left.direct, right.direct) + example_dots(
             left.transposed, right.transposed
         )
-    values = left * right
-    if values.shape.rank == 4:
-        values = tf.reduce_sum(values, axis=0)
-    return tf.reduce_sum(values, axis=[1, 2])
+    axes = "gbsm" if left.shape.rank == 4 else "bsm"
+    return tf.einsum(f"{axes},{axes}->b", left, right)
 
 
 def slopes(
