@@ -229,12 +229,13 @@ class Engine:
         """
         observation = verdict.observation
         here = self.direction.at(observation, verdict.seen, gradients)
-        here.observe_gradient()
         stale = self.state.inverses_stale()
         # Otherwise there was a step before this one, and it has held.
         self.state.end_surges(~stale)
         self.set_damping(here.first_scale, stale)
         self.refreshing.before_solving(stale)
+        # In the bases of the inverses that it is about to meet.
+        here.observe_gradient()
         situation = self._situation(here, observation, learning_rate)
         damping = tf.convert_to_tensor(self.state.damping.value)
         pulled = self.rule.pull(self.memory, here.gradient, situation)

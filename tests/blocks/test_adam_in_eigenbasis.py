@@ -116,7 +116,7 @@ def test_config():
     block = AdamInEigenbasis(beta_2=0.8)
     config = kng.KFAC(block={"dense*": block}).get_config()
     copy = kng.KFAC.from_config(config)
-    (found,) = copy.block_options.block.values()
+    (found,) = copy.settings.block.values()
     assert isinstance(found, AdamInEigenbasis)
     assert found.get_config() == {
         "beta_1": 0.9,
