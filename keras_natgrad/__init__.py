@@ -15,7 +15,6 @@ from keras_natgrad import (
     layers,
     losses,
     metrics,
-    natural_chain,
     solvers,
 )
 from keras_natgrad.blocks import register_block
@@ -54,7 +53,6 @@ __all__ = [
     "layers",
     "losses",
     "metrics",
-    "natural_chain",
     "register_block",
     "register_layer",
     "solvers",

@@ -19,7 +19,6 @@ COMPAT = "_compat"
 ANYWHERE = {"version", "_backend", "replicas", COMPAT}
 MAY_IMPORT: dict[str, set[str]] = {room: set() for room in ANYWHERE}
 MAY_IMPORT["linalg"] = set()
-MAY_IMPORT["natural_chain"] = set()
 MAY_IMPORT["heads"] = {"linalg"}
 MAY_IMPORT["blocks"] = {"linalg"}
 MAY_IMPORT["losses"] = {"linalg", "heads"}
