@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_natgrad import heads
-from keras_natgrad.heads.checks import check_integer
+from keras_natgrad.checks import check_integer
 
 __all__ = ["CalibrationError", "NegativeLogLikelihood"]
 

@@ -19,6 +19,7 @@ from keras_natgrad.callbacks.spectra import (
     to_arrays,
 )
 from keras_natgrad.callbacks.tensorboard import SummaryWriter
+from keras_natgrad.checks import check_integer, check_period
 from keras_natgrad.step import LevenbergMarquardt
 from keras_natgrad.training.train_step import curvature_optimizer
 
@@ -109,15 +110,12 @@ class CurvatureMonitor(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         if every != "epoch":
-            _check_count(
-                "every", every, "'epoch' or a positive number of steps"
-            )
-        _check_count("max_size", max_size, "a positive integer")
+            every = check_period("every", every)
         self.every = every
         self.spectra = bool(spectra)
         self.log_dir = log_dir
         self.measure_refresh = bool(measure_refresh)
-        self.max_size = max_size
+        self.max_size = check_integer("max_size", max_size)
         #: Lists of what was recorded, by name.
         self.history: dict[str, list[float]] = {}
         #: The last eigenvalues of every layer, in the parts of
@@ -362,8 +360,3 @@ class CurvatureMonitor(keras.callbacks.Callback):
             name: product_spectrum(parts)
             for name, parts in self.last_spectra.items()
         }
-
-
-def _check_count(name: str, value: Any, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_natgrad.step.checks import check_integer, check_positive
+from keras_natgrad.checks import check_integer, check_positive
 from keras_natgrad.training.train_step import curvature_optimizer
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_natgrad import _compat
+from keras_natgrad.checks import check_period, is_number
 from keras_natgrad.layers.whitening import (
     input_moments,
     rewhiten,
@@ -57,17 +58,7 @@ class Whiten(keras.callbacks.Callback):
         relative_damping: bool = True,
     ) -> None:
         super().__init__()
-        if (
-            isinstance(period, bool)
-            or not isinstance(period, int)
-            or period < 1
-        ):
-            raise ValueError(
-                "`period` must be a positive number of steps. "
-                f"Received: period={period!r}"
-            )
-        number = isinstance(damping, (int, float))
-        if not number or isinstance(damping, bool) or not damping >= 0:
+        if not is_number(damping) or damping < 0:
             raise ValueError(
                 "`damping` must be a non-negative float. "
                 f"Received: damping={damping!r}"
@@ -75,7 +66,7 @@ class Whiten(keras.callbacks.Callback):
         if not len(keras.tree.flatten(x)[0]):
             raise ValueError("`x` must have examples. Received: an empty x")
         self.x = x
-        self.period = period
+        self.period = check_period("period", period)
         self.damping = float(damping)
         self.relative_damping = relative_damping
         self._step = 0

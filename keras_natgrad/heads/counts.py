@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.heads.checks import check_count
+from keras_natgrad.checks import check_integer
 from keras_natgrad.heads.family import Family, Information, Parameter
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import dispersion_information, zero_truncation
@@ -280,7 +280,7 @@ class Binomial(Family):
         self, total_count: float, probs: float | str | Any = "sigmoid"
     ) -> None:
         super().__init__(probs=probs)
-        self.total_count = check_count(total_count)
+        self.total_count = float(check_integer("total_count", total_count))
 
     def units(self, values: dict[str, tf.Tensor]) -> Any:
         """Builds the units' distributions; see `Family.units()`."""

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_natgrad.checks import check_integer
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.checks import check_count
 from keras_natgrad.heads.links import get_link, link_config
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import trigamma_excess
@@ -198,7 +198,7 @@ class DirichletMultinomial(_Concentrations):
         self, total_count: float, concentration: Any = "softplus"
     ) -> None:
         super().__init__(concentration)
-        self.total_count = check_count(total_count)
+        self.total_count = float(check_integer("total_count", total_count))
 
     def distribution(self, outputs: tf.Tensor) -> Any:
         """Builds the `DirichletMultinomial` distribution."""

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_natgrad.checks import check_fixed, check_probability
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.checks import check_fixed, check_probability
 from keras_natgrad.heads.links import Identity, get_link, link_config
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.targets import TARGETS, clip_inside

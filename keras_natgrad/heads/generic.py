@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_natgrad.checks import check_integer
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.checks import check_integer
 from keras_natgrad.heads.probe import Inspection, finite_support, inspect
 
 #: The ways to find a Fisher matrix, in the order in which they are tried.

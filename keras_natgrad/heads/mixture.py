@@ -8,10 +8,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_natgrad.checks import check_integer, check_probability
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.categorical import Categorical
-from keras_natgrad.heads.checks import check_integer, check_probability
 from keras_natgrad.heads.generic import Distribution
 from keras_natgrad.heads.normal import Normal
 from keras_natgrad.heads.probability import (

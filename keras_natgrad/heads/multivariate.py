@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_natgrad.checks import check_integer
 from keras_natgrad.heads import softmax, tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.checks import check_count
 from keras_natgrad.heads.links import get_link, link_config
 from keras_natgrad.heads.probability import distributions, mathematics
 
@@ -147,7 +147,7 @@ class Multinomial(Head):
     """
 
     def __init__(self, total_count: float) -> None:
-        self.total_count = check_count(total_count)
+        self.total_count = float(check_integer("total_count", total_count))
 
     def distribution(self, outputs: tf.Tensor) -> Any:
         """Builds the `Multinomial` distribution."""

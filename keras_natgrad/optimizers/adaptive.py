@@ -5,10 +5,10 @@ from __future__ import annotations
 import tensorflow as tf
 from typing_extensions import override
 
+from keras_natgrad.checks import check_positive
 from keras_natgrad.optimizers.base import CurvatureOptimizer
 from keras_natgrad.optimizers.state import StepState
 from keras_natgrad.step import Damping, LevenbergMarquardt, LineSearch
-from keras_natgrad.step.checks import check_positive
 
 
 class AdaptiveOptimizer(CurvatureOptimizer):

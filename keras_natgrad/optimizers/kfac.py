@@ -7,6 +7,12 @@ from typing import Any
 import keras
 from typing_extensions import override
 
+from keras_natgrad.checks import (
+    check_fraction,
+    check_positive,
+    check_seed,
+    is_number,
+)
 from keras_natgrad.curvature import FISHER_KINDS, BlockOptions
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import (
@@ -16,12 +22,6 @@ from keras_natgrad.step import (
     get_damping,
     get_line_search,
     get_quadratic_model,
-)
-from keras_natgrad.step.checks import (
-    check_fraction,
-    check_positive,
-    check_seed,
-    is_number,
 )
 
 

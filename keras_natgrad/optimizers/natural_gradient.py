@@ -10,6 +10,12 @@ import tensorflow as tf
 from typing_extensions import override
 
 from keras_natgrad import _compat, replicas
+from keras_natgrad.checks import (
+    check_fraction,
+    check_integer,
+    check_positive,
+    check_seed,
+)
 from keras_natgrad.curvature.root_columns import COLUMN_KINDS
 from keras_natgrad.optimizers.residuals import observe_residuals
 from keras_natgrad.optimizers.whole_network import WholeNetworkOptimizer
@@ -19,12 +25,6 @@ from keras_natgrad.step import (
     LevenbergMarquardt,
     get_damping,
     get_line_search,
-)
-from keras_natgrad.step.checks import (
-    check_fraction,
-    check_integer,
-    check_positive,
-    check_seed,
 )
 
 

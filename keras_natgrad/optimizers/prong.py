@@ -10,12 +10,12 @@ from keras.optimizers.schedules import LearningRateSchedule
 from typing_extensions import override
 
 from keras_natgrad.capture import CurvatureTape, Plan
+from keras_natgrad.checks import check_fraction
 from keras_natgrad.curvature import BlockOptions, OutputTerm
 from keras_natgrad.heads import LossWeight
 from keras_natgrad.heads.observed import ObservedLoss
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
 from keras_natgrad.step import QuadraticModel, Refresh, StepLength, get_damping
-from keras_natgrad.step.checks import check_fraction
 from keras_natgrad.training.loss_heads import LossHead
 
 

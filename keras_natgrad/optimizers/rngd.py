@@ -11,6 +11,12 @@ from typing_extensions import override
 
 from keras_natgrad import _compat, replicas
 from keras_natgrad.capture import Plan, match_layers
+from keras_natgrad.checks import (
+    check_fraction,
+    check_period,
+    check_positive,
+    is_number,
+)
 from keras_natgrad.curvature import BlockDiagonal
 from keras_natgrad.optimizers.observation import Observation
 from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
@@ -24,12 +30,6 @@ from keras_natgrad.relative import (
     plan_metrics,
 )
 from keras_natgrad.step import QuadraticModel, Refresh, StepLength
-from keras_natgrad.step.checks import (
-    check_fraction,
-    check_period,
-    check_positive,
-    is_number,
-)
 
 # Damping of `"auto"` where a layer is measured by a response further on.
 _FAR_DAMPING = 1e-2

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
+from keras_natgrad.checks import check_integer
 from keras_natgrad.solvers.root import (
     Direction,
     FisherRoot,
@@ -68,12 +69,7 @@ class ConjugateGradient(Solver):
     kind = "cg"
 
     def __post_init__(self) -> None:
-        count = self.max_iterations
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(
-                "`max_iterations` must be a positive integer. "
-                f"Received: max_iterations={count!r}"
-            )
+        check_integer("max_iterations", self.max_iterations)
         if not self.tolerance >= 0:
             raise ValueError(
                 "`tolerance` must be non-negative. "

@@ -10,12 +10,12 @@ import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_natgrad.linalg import scalar
-from keras_natgrad.step.checks import (
+from keras_natgrad.checks import (
     check_period,
     check_positive,
     is_number,
 )
+from keras_natgrad.linalg import scalar
 
 # Factor per adaptation of a damping that dominates the quadratic model.
 _TOO_HIGH = 0.1

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.step.checks import check_period, is_number
+from keras_natgrad.checks import check_period, is_number
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")

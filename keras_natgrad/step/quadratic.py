@@ -8,8 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_natgrad.checks import check_period, is_number
 from keras_natgrad.linalg import scalar
-from keras_natgrad.step.checks import check_period, is_number
 from keras_natgrad.step.refresh import Refresh
 
 # Two directions whose normalised Gram determinant is below this are parallel

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_natgrad.step.checks import is_number
+from keras_natgrad.checks import is_number
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
