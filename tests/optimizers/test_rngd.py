@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_natgrad as kng
-from keras_natgrad.curvature import relative as curvature_relative
+from keras_natgrad.relative import curvature as curvature_relative
 from tests.reference import fisher, relative
 from tests.reference.bridge import dense_layers, matrix_of, network_of
 from tests.reference.heads import Term
