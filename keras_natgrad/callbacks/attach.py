@@ -18,7 +18,7 @@ class Attach(keras.callbacks.Callback):
 
     Args:
         head: Passed to `attach`.
-        exclude: Likewise. Defaults to what `attach` was given before.
+        exclude: Passed to `attach`. Defaults to what `attach` was given before.
 
     Raises:
         ValueError: When `fit` starts, if the compiled optimizer is not one
