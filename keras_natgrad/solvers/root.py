@@ -25,8 +25,8 @@ class FisherRoot(abc.ABC):
 
     with P parameters, and M the number of columns of all L_i. If the gradient
     of the loss in the outputs lies in the range of their Fisher, the gradient
-    in the parameters is `R u` with the whitened residuals `u_i = √c_i L_i⁺
-    ∂ℓ_i/∂η_i`.
+    in the parameters is `R u` with the whitened residuals
+    `u_i = √c_i L_i⁺ ∂ℓ_i/∂η_i`.
     """
 
     @property
