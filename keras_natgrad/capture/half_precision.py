@@ -24,8 +24,8 @@ def refine_gradients(
     A layer in bfloat16 sums the gradient of its kernel over the batch and
     rounds it to eight bits. In directions of little curvature an inverse Fisher
     enlarges this rounding error as much as the gradient. If instead
-    `Σ_n Σ_s ā gᵀ` is summed in float32 from the same inputs and cotangents, the rounding
-    errors of single examples average out.
+    `Σ_n Σ_s ā gᵀ` is summed in float32 from the same inputs and cotangents, the
+    rounding errors of single examples average out.
 
     The layer's own contribution to the gradient is replaced by the sum in
     float32; penalties and other uses of a variable are unchanged.
