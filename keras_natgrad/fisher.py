@@ -34,8 +34,8 @@ def fisher(
     """Returns the Fisher of a model's layers on a batch of inputs.
 
     The Fisher is that of the mean negative log-likelihood over the batch,
-    `F = 1/N Σ J_iᵀ F_η,i J_i`; targets do not enter. The model is called once
-    in inference mode, and neither it nor its gradients are changed.
+    `F = 1/N Σ J_iᵀ F_η,i J_i`; it does not depend on targets. The model is
+    called once, in inference mode, and is not changed.
 
     Args:
         model: A built `keras.Model`.
@@ -48,8 +48,8 @@ def fisher(
             patterns and names, as the `block` of `KFAC`.
         kind: How the Fisher is estimated: `"exact"`, `"propagated"` or
             `"sampled"`.
-        layer: Path (or last part of it) of one layer, to return its operator
-            only; not together with `combine`.
+        layer: Path of one layer (or its last part), to return only its
+            operator; not together with `combine`.
         combine: Whether to return one block-diagonal operator of all layers,
             in the order of the dictionary, instead of a dictionary.
         weight_sharing: `"expand"` or `"reduce"`.
@@ -58,9 +58,10 @@ def fisher(
     Returns:
         A `tf.linalg.LinearOperator` on the row-major flattened
         `[n (+1), m]` parameters, or a dictionary of them by layer path.
-        Variables that no captured layer owns have their diagonal, by
-        variable path. A further matrix of a layer has its variable's path;
-        of several layers with one path, the second has `"#2"` after it.
+        A variable that no captured layer owns has a diagonal operator, under
+        the variable's path. A further matrix of a layer is listed under its
+        variable's path. If several layers have the same path, `"#2"` is
+        appended to the second, and so on.
 
     Raises:
         ValueError: If a name is unknown, the head does not fit, or both
@@ -136,7 +137,7 @@ def fisher(
 
     accumulate()
     if curvature.update_bases():
-        # Second moments in the bases that the first pass has given.
+        # Second moments in the bases found by the first pass.
         accumulate()
     operators: dict[str, Any] = {}
     named = set()
@@ -157,10 +158,10 @@ def fisher(
 
 
 def _unique(name: str, taken: dict[str, Any]) -> str:
-    """Returns the name, with a number where it is taken.
+    """Returns the name, with a number if it is already used.
 
-    Layers inside a layer may share a path: Keras gives what is called
-    `"dense"` by hand no number.
+    Layers inside a layer may share a path: Keras does not number layers that a
+    user has named.
     """
     numbered, count = name, 1
     while numbered in taken:

@@ -1,4 +1,4 @@
-"""The optimizer of Keras 3 on the variables of a tf_keras model."""
+"""The Keras 3 optimizer on the variables of a tf_keras model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from keras_natgrad.optimizers import kfac
 
 
 class Engine(kfac.KFAC):
-    """`keras_natgrad.KFAC` whose model is one of tf_keras.
+    """`keras_natgrad.KFAC` for a model of tf_keras.
 
-    Its variables are `keras.Variable`s that share their value with the
-    model's `tf.Variable`s.
+    Its variables are `keras.Variable`s that share their values with the model's
+    `tf.Variable`s.
     """
 
     @property
@@ -70,7 +70,7 @@ class Engine(kfac.KFAC):
             self.note_ridge(variables)
 
     def _note_regularizers(self, model: Any, variables: Sequence[Any]) -> None:
-        """Tells the variables of their L2 regularizers, for the curvature."""
+        """Gives the variables their L2 regularizers, for the curvature."""
         found = l2_regularizers(flatten_layers(model))
         for variable in variables:
             variable.regularizer = found.get(variable.value.ref())
