@@ -56,13 +56,13 @@ class Beta(Family):
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
-        # In float64, as the complement is small where a and b are far apart.
+        # In float64: the complement is small if a and b are far apart.
         a = tf.cast(values["concentration1"], tf.float64)
         b = tf.cast(values["concentration0"], tf.float64)
         total = a + b
         share_a, share_b = a / total, b / total
         h_a, h_b, h = (trigamma_excess(x) for x in (a, b, total))
-        # With x² ψ₁(x) = x + h(x) the leading terms cancel by hand.
+        # With x² ψ₁(x) = x + h(x) the leading terms cancel analytically.
         common = a * share_b
         first = common + h_a - tf.square(share_a) * h
         second = common + h_b - tf.square(share_b) * h

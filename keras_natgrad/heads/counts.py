@@ -222,7 +222,7 @@ class ZeroInflatedPoisson(Family):
 
     def units(self, values: dict[str, tf.Tensor]) -> Any:
         """Builds the units' distributions; see `Family.units()`."""
-        # Not by its logits argument, which TFP 0.25 counts twice.
+        # Not with its logits argument, which TFP 0.25 counts twice.
         tfd = distributions()
         return tfd.Inflated(
             tfd.Poisson(values["rate"]),
@@ -269,7 +269,7 @@ class Binomial(Family):
             `"sigmoid"`.
 
     Raises:
-        ValueError: If `total_count` is no positive integer, or `probs` is
+        ValueError: If `total_count` is not a positive integer, or `probs` is
             neither a number between 0 and 1 nor a link.
     """
 

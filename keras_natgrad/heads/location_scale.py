@@ -111,7 +111,7 @@ class LogitNormal(LocationScale):
         return self._moments(outputs)[0]
 
     def stddev(self, outputs: tf.Tensor) -> tf.Tensor:
-        """Returns the standard deviation, by quadrature as the mean."""
+        """Returns the standard deviation, by quadrature like the mean."""
         return self._moments(outputs)[1]
 
     def _moments(self, outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -241,7 +241,7 @@ class Gumbel(LocationScale):
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class StudentT(Family):
-    r"""Student's t targets: regression that outliers do not bend.
+    r"""Student's t targets: regression that is robust to outliers.
 
     The Fisher matrix in (loc, log scale, log df), with ν for df, is
 

@@ -69,8 +69,8 @@ class MultivariateNormalDiag(Normal):
     """Normal targets in d dimensions with a diagonal covariance.
 
     The outputs are the d means, then the d raw scales. It is `Normal` with a
-    predicted scale, but for the distribution, whose event is the vector of all
-    targets. The Fisher matrix in (loc, log scale) is `diag(1/scale², 2)`.
+    predicted scale, except that the event of the distribution is the vector of
+    all targets. The Fisher matrix in (loc, log scale) is `diag(1/scale², 2)`.
 
     Args:
         scale: The standard deviations, a positive number or the link that
@@ -94,8 +94,8 @@ class MultivariateNormalDiag(Normal):
 def normal_log_prob(residual: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
     """Returns the log-density of a normal at `loc + residual`.
 
-    TFP subtracts `loc / scale` from `y / scale`, whose gradients are rounding
-    where the scale is small beside the mean.
+    TFP subtracts `loc / scale` from `y / scale`, whose gradients are only
+    rounding if the scale is small compared with the mean.
     """
     return -(
         0.5 * tf.square(residual / scale)

@@ -90,7 +90,7 @@ class Gamma(Family):
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class InverseGamma(Family):
-    r"""Inverse gamma targets: reciprocals of gamma ones.
+    r"""Inverse gamma targets: reciprocals of gamma variables.
 
     The Fisher matrix in (log scale, log concentration), with α for the
     concentration, is `[[α, −α], [·, α² ψ₁(α)]]`.
@@ -242,7 +242,7 @@ class Weibull(Family):
 
 
 def _gamma_information(concentration: tf.Tensor) -> Information:
-    """Returns that of (log rate or scale, log concentration)."""
+    """Returns the Fisher matrix in (log rate or scale, log concentration)."""
     # α² ψ₁(α) = α + h(α): the complement is h itself.
     excess = trigamma_excess(concentration)
     return Information(
