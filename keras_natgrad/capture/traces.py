@@ -211,8 +211,8 @@ def _inputs(
 ) -> Rows:
     """Returns the canonical inputs of some uses of one map."""
     layout = spec.layout
-    if not uses:  # The matrix was not used in this pass. return
-        tf.zeros([*layout.lead, batch, 1, layout.rows], dtype)
+    if not uses:  # The matrix was not used in this pass.
+        return tf.zeros([*layout.lead, batch, 1, layout.rows], dtype)
     parts = [_own_inputs(spec, use) for use in uses]
     if isinstance(parts[0], StructuredRows):
         # Each by itself: uses may differ in their positions.

@@ -69,7 +69,8 @@ class ConjugateGradient(Solver):
     kind = "cg"
 
     def __post_init__(self) -> None:
-        check_integer("max_iterations", self.max_iterations)
+        count = check_integer("max_iterations", self.max_iterations)
+        object.__setattr__(self, "max_iterations", count)
         if not self.tolerance >= 0:
             raise ValueError(
                 "`tolerance` must be non-negative. "
