@@ -8,7 +8,6 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad.heads.family import Family, Information, Parameter
-from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import bessel_ratio, trigamma_excess
 
 
@@ -36,6 +35,7 @@ class Beta(Family):
         Parameter("concentration1", "positive"),
         Parameter("concentration0", "positive"),
     )
+    distribution_name = "Beta"
     target_support = "unit"
     in_float64 = True
 
@@ -46,12 +46,6 @@ class Beta(Family):
     ) -> None:
         super().__init__(
             concentration1=concentration1, concentration0=concentration0
-        )
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Beta(
-            values["concentration1"], values["concentration0"]
         )
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
@@ -98,13 +92,10 @@ class VonMises(Family):
         Parameter("loc", "real"),
         Parameter("concentration", "positive"),
     )
+    distribution_name = "VonMises"
 
     def __init__(self, concentration: float | str | Any = "softplus") -> None:
         super().__init__(concentration=concentration)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().VonMises(values["loc"], values["concentration"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""

@@ -29,15 +29,12 @@ class Poisson(Family):
     """
 
     parameters = (Parameter("rate", "positive"),)
+    distribution_name = "Poisson"
     target_support = "count"
     in_float64 = True
 
     def __init__(self, rate: float | str | Any = "exp") -> None:
         super().__init__(rate=rate)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Poisson(values["rate"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -61,14 +58,11 @@ class Geometric(Family):
     """
 
     parameters = (Parameter("probs", "unit"),)
+    distribution_name = "Geometric"
     target_support = "count"
 
     def __init__(self, probs: float | str | Any = "sigmoid") -> None:
         super().__init__(probs=probs)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Geometric(logits=values["probs"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -158,6 +152,7 @@ class NegativeBinomialLogits(Family):
         Parameter("probs", "unit"),
         Parameter("total_count", "positive"),
     )
+    distribution_name = "NegativeBinomial"
     target_support = "count"
     in_float64 = True
 
@@ -167,12 +162,6 @@ class NegativeBinomialLogits(Family):
         total_count: float | str | Any = "softplus",
     ) -> None:
         super().__init__(probs=probs, total_count=total_count)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().NegativeBinomial(
-            values["total_count"], logits=values["probs"]
-        )
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""

@@ -67,13 +67,11 @@ class Family(Head):
     @keras.saving.register_keras_serializable(package="my_package")
     class HalfNormal(keras_natgrad.heads.Family):
         parameters = (keras_natgrad.heads.Parameter("scale", "positive"),)
+        distribution_name = "HalfNormal"
         target_support = "nonnegative"
 
         def __init__(self, scale="softplus"):
             super().__init__(scale=scale)
-
-        def units(self, values):
-            return tfp.distributions.HalfNormal(values["scale"])
 
         def information(self, values):
             return keras_natgrad.heads.Information(
@@ -90,6 +88,8 @@ class Family(Head):
     """
 
     parameters: ClassVar[tuple[Parameter, ...]]
+    #: Name in TensorFlow Probability, for the default `units()`.
+    distribution_name: ClassVar[str]
     #: A key of `TARGETS`.
     target_support: ClassVar[str] = "real"
     #: Whether log-probabilities are computed in float64 and then rounded.
@@ -118,16 +118,24 @@ class Family(Head):
     # -- To be implemented -----------------------------------------------
 
     @abc.abstractmethod
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in the coordinates."""
+
     def units(self, values: dict[str, tf.Tensor]) -> Any:
         """Returns the units' distributions, of batch shape `[..., D]`.
+
+        By default that of TensorFlow Probability named `distribution_name`,
+        whose arguments are the parameters.
 
         Args:
             values: The parameters by name; logits for the support "unit".
         """
-
-    @abc.abstractmethod
-    def information(self, values: dict[str, tf.Tensor]) -> Information:
-        """Returns the Fisher matrix of each unit in the coordinates."""
+        arguments = {
+            "logits" if support == "unit" else name: values[name]
+            for name, support in self.parameters
+        }
+        make = getattr(distributions(), self.distribution_name)
+        return make(**arguments)
 
     def unit_log_prob(
         self, values: dict[str, tf.Tensor], targets: tf.Tensor

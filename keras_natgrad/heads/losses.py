@@ -59,69 +59,55 @@ _CLASSES: dict[Any, type] = {
 }
 
 
-def _mean_squared_error(loss: Any) -> tuple[Head, LossWeight]:
-    # (y - μ)² = -log N(y | μ, ½) + const.
-    return Normal(scale=0.5**0.5), LossWeight(units="mean")
-
-
-def _mean_absolute_error(loss: Any) -> tuple[Head, LossWeight]:
-    # |y - μ| = -s log Laplace(y | μ, s) + const, for every s.
-    return Laplace(scale=1.0), LossWeight(units="mean", open_scale=True)
-
-
-def _mean_squared_logarithmic_error(loss: Any) -> tuple[Head, LossWeight]:
-    # (log(1 + y) - log(1 + μ))²: log(1 + y) is normal of variance ½.
-    return Log1pNormal(scale=0.5**0.5), LossWeight(units="mean")
-
-
-def _huber(loss: Any) -> tuple[Head, LossWeight]:
-    delta = float(loss_options(loss)["delta"])
-    return Huber(scale=1.0, delta=delta), LossWeight(units="mean")
-
-
-def _log_cosh(loss: Any) -> tuple[Head, LossWeight]:
-    # log cosh(y - μ) = -log sech(y - μ).
-    return HyperbolicSecant(scale=1.0), LossWeight(units="mean")
-
-
-def _poisson(loss: Any) -> tuple[Head, LossWeight]:
-    # λ - y log λ = -log Poisson(y | λ) + const; the outputs are rates, which
-    # the link raises to ε. (Keras adds ε within the logarithm.)
-    return Poisson(rate="identity"), LossWeight(units="mean")
-
-
-def _kl_divergence(loss: Any) -> tuple[Head, LossWeight]:
-    # Σ y log(y / p) is the cross-entropy of soft targets, up to a constant, if
-    # outputs sum to one: Keras does not normalise p, the head does.
-    return Categorical(from_logits=False, sparse=False), LossWeight()
-
-
-def _binary_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
-    return Bernoulli(loss.from_logits), LossWeight(units="mean")
-
-
-def _categorical_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
-    return Categorical(loss.from_logits, sparse=False), LossWeight()
-
-
-def _sparse_categorical_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
-    weight = LossWeight(ignore_class=loss.ignore_class)
-    return Categorical(loss.from_logits, sparse=True), weight
-
-
 # Changed only by `register_loss()`, like the registry of Keras's objects.
 _CONVERTERS: dict[Any, Converter] = {
-    keras.losses.MeanSquaredError: _mean_squared_error,
-    keras.losses.MeanAbsoluteError: _mean_absolute_error,
-    keras.losses.MeanSquaredLogarithmicError: _mean_squared_logarithmic_error,
-    keras.losses.Huber: _huber,
-    keras.losses.LogCosh: _log_cosh,
-    keras.losses.Poisson: _poisson,
-    keras.losses.KLDivergence: _kl_divergence,
-    keras.losses.BinaryCrossentropy: _binary_crossentropy,
-    keras.losses.CategoricalCrossentropy: _categorical_crossentropy,
-    keras.losses.SparseCategoricalCrossentropy: (
-        _sparse_categorical_crossentropy
+    # (y - μ)² = -log N(y | μ, ½) + const.
+    keras.losses.MeanSquaredError: lambda loss: (
+        Normal(scale=0.5**0.5),
+        LossWeight(units="mean"),
+    ),
+    # |y - μ| = -s log Laplace(y | μ, s) + const, for every s.
+    keras.losses.MeanAbsoluteError: lambda loss: (
+        Laplace(scale=1.0),
+        LossWeight(units="mean", open_scale=True),
+    ),
+    # (log(1 + y) - log(1 + μ))²: log(1 + y) is normal of variance ½.
+    keras.losses.MeanSquaredLogarithmicError: lambda loss: (
+        Log1pNormal(scale=0.5**0.5),
+        LossWeight(units="mean"),
+    ),
+    keras.losses.Huber: lambda loss: (
+        Huber(scale=1.0, delta=float(loss_options(loss)["delta"])),
+        LossWeight(units="mean"),
+    ),
+    # log cosh(y - μ) = -log sech(y - μ).
+    keras.losses.LogCosh: lambda loss: (
+        HyperbolicSecant(scale=1.0),
+        LossWeight(units="mean"),
+    ),
+    # λ - y log λ = -log Poisson(y | λ) + const; the outputs are rates, which
+    # the link raises to ε. (Keras adds ε within the logarithm.)
+    keras.losses.Poisson: lambda loss: (
+        Poisson(rate="identity"),
+        LossWeight(units="mean"),
+    ),
+    # Σ y log(y / p) is the cross-entropy of soft targets, up to a constant, if
+    # outputs sum to one: Keras does not normalise p, the head does.
+    keras.losses.KLDivergence: lambda loss: (
+        Categorical(from_logits=False, sparse=False),
+        LossWeight(),
+    ),
+    keras.losses.BinaryCrossentropy: lambda loss: (
+        Bernoulli(loss.from_logits),
+        LossWeight(units="mean"),
+    ),
+    keras.losses.CategoricalCrossentropy: lambda loss: (
+        Categorical(loss.from_logits, sparse=False),
+        LossWeight(),
+    ),
+    keras.losses.SparseCategoricalCrossentropy: lambda loss: (
+        Categorical(loss.from_logits, sparse=True),
+        LossWeight(ignore_class=loss.ignore_class),
     ),
 }
 

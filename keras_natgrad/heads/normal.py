@@ -45,13 +45,10 @@ class Normal(Family):
     """
 
     parameters = (Parameter("loc", "real"), Parameter("scale", "positive"))
+    distribution_name = "Normal"
 
     def __init__(self, scale: float | str | Any = 1.0) -> None:
         super().__init__(scale=scale)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Normal(values["loc"], values["scale"])
 
     def unit_log_prob(
         self, values: dict[str, tf.Tensor], targets: tf.Tensor

@@ -9,7 +9,6 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad.heads.family import Family, Information, Parameter
-from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import (
     EULER_GAMMA,
     GUMBEL_SPREAD,
@@ -32,14 +31,11 @@ class Exponential(Family):
     """
 
     parameters = (Parameter("rate", "positive"),)
+    distribution_name = "Exponential"
     target_support = "nonnegative"
 
     def __init__(self, rate: float | str | Any = "exp") -> None:
         super().__init__(rate=rate)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Exponential(values["rate"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -67,6 +63,7 @@ class Gamma(Family):
         Parameter("rate", "positive"),
         Parameter("concentration", "positive"),
     )
+    distribution_name = "Gamma"
     target_support = "positive"
     in_float64 = True
 
@@ -76,12 +73,6 @@ class Gamma(Family):
         concentration: float | str | Any = "softplus",
     ) -> None:
         super().__init__(rate=rate, concentration=concentration)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Gamma(
-            values["concentration"], rate=values["rate"]
-        )
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -109,6 +100,7 @@ class InverseGamma(Family):
         Parameter("scale", "positive"),
         Parameter("concentration", "positive"),
     )
+    distribution_name = "InverseGamma"
     target_support = "positive"
     in_float64 = True
 
@@ -118,12 +110,6 @@ class InverseGamma(Family):
         concentration: float | str | Any = "softplus",
     ) -> None:
         super().__init__(scale=scale, concentration=concentration)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().InverseGamma(
-            values["concentration"], scale=values["scale"]
-        )
 
     def mean(self, outputs: tf.Tensor) -> tf.Tensor:
         """Returns the mean, infinite for concentrations up to 1."""
@@ -161,6 +147,7 @@ class InverseGaussian(Family):
         Parameter("loc", "positive"),
         Parameter("concentration", "positive"),
     )
+    distribution_name = "InverseGaussian"
     target_support = "positive"
 
     def __init__(
@@ -169,12 +156,6 @@ class InverseGaussian(Family):
         concentration: float | str | Any = "softplus",
     ) -> None:
         super().__init__(loc=loc, concentration=concentration)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().InverseGaussian(
-            values["loc"], values["concentration"]
-        )
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -205,6 +186,7 @@ class Weibull(Family):
         Parameter("scale", "positive"),
         Parameter("concentration", "positive"),
     )
+    distribution_name = "Weibull"
     target_support = "positive"
 
     def __init__(
@@ -213,10 +195,6 @@ class Weibull(Family):
         concentration: float | str | Any = "softplus",
     ) -> None:
         super().__init__(scale=scale, concentration=concentration)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Weibull(values["concentration"], values["scale"])
 
     def unit_log_prob(
         self, values: dict[str, tf.Tensor], targets: tf.Tensor
