@@ -188,19 +188,11 @@ def kernel_variable(layer: keras.layers.Layer) -> Any:
     return layer.kernel if kernel is None else kernel
 
 
-def is_plain(layer: keras.layers.Layer) -> bool:
-    """Returns whether the layer computes with its own float kernel.
+def special_computation(layer: keras.layers.Layer) -> str:
+    """Returns why a layer does not compute with its own float kernel, or "".
 
     Quantised layers run `quantized_call`, and LoRA splits the kernel into
     three variables; neither has the linear map that capture expects.
-    """
-    return not special_computation(layer)
-
-
-def special_computation(layer: keras.layers.Layer) -> str:
-    """Returns why a layer does not compute with its own float kernel.
-
-    In a few words; an empty string if it does.
     """
     mode = getattr(layer, "quantization_mode", None)
     found = [f"quantised to {mode}"] if mode else []

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from keras_natgrad._compat import is_layer_class, is_plain
+from keras_natgrad._compat import is_layer_class, special_computation
 from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.linalg import Rows
 
@@ -140,7 +140,7 @@ def register_layer(
 
 def may_support(layer: keras.layers.Layer) -> bool:
     """Returns whether a layer's class is registered, built or not."""
-    return is_plain(layer) and _find(layer) is not None
+    return not special_computation(layer) and _find(layer) is not None
 
 
 def linear_maps(layer: keras.layers.Layer) -> tuple[LinearMap, ...]:
@@ -167,7 +167,7 @@ def why_not_captured(layer: keras.layers.Layer) -> str | None:
 
 def _describe(layer: keras.layers.Layer) -> Any:
     describe = _find(layer)
-    if describe is None or not layer.built or not is_plain(layer):
+    if describe is None or not layer.built or special_computation(layer):
         return None
     return describe(layer)
 

@@ -16,7 +16,7 @@ from keras_natgrad.linalg import Rows
 
 
 class _WhitenedConv(WhitenedLayer):
-    """Describes a whitened convolution, as one convolution with W."""
+    """A whitened convolution, computed as one convolution with W."""
 
     @override
     def rows(self, inputs: Any) -> Rows:
@@ -75,9 +75,6 @@ class WhitenedConv1D(_WhitenedConv, keras.layers.Conv1D):
 
     plain_class = keras.layers.Conv1D
 
-    def __init__(self, filters: int, kernel_size: Any, **kwargs: Any) -> None:
-        super().__init__(filters, kernel_size, **kwargs)
-
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class WhitenedConv2D(_WhitenedConv, keras.layers.Conv2D):
@@ -135,9 +132,6 @@ class WhitenedConv2D(_WhitenedConv, keras.layers.Conv2D):
 
     plain_class = keras.layers.Conv2D
 
-    def __init__(self, filters: int, kernel_size: Any, **kwargs: Any) -> None:
-        super().__init__(filters, kernel_size, **kwargs)
-
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class WhitenedConv3D(_WhitenedConv, keras.layers.Conv3D):
@@ -156,9 +150,6 @@ class WhitenedConv3D(_WhitenedConv, keras.layers.Conv3D):
     """
 
     plain_class = keras.layers.Conv3D
-
-    def __init__(self, filters: int, kernel_size: Any, **kwargs: Any) -> None:
-        super().__init__(filters, kernel_size, **kwargs)
 
 
 @register_layer(WhitenedConv1D)
