@@ -45,9 +45,8 @@ def flatten_layers(model: keras.Model) -> list[keras.layers.Layer]:
 def compiled_losses(model: keras.Model) -> list[CompiledLoss]:
     """Returns the losses that `compile` resolved, once the loss is built.
 
-    Keras resolves aliases ("mse"), `loss_weights` and the structure of
-    outputs in `CompileLoss` on the first call; nothing public shows the
-    result.
+    Keras resolves aliases ("mse"), `loss_weights` and the structure of outputs
+    in `CompileLoss` on the first call; nothing public shows the result.
     """
     compiled = getattr(model, "_compile_loss", None)
     if compiled is None or not compiled.built:

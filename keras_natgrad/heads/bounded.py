@@ -27,8 +27,7 @@ class Beta(Family):
             to `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
@@ -84,8 +83,7 @@ class VonMises(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (

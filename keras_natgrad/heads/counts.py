@@ -24,8 +24,7 @@ class Poisson(Family):
         rate: The rate, a number or a link. Defaults to `"exp"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (Parameter("rate", "positive"),)
@@ -45,16 +44,14 @@ class Poisson(Family):
 class Geometric(Family):
     r"""Geometric targets: failures before the first success.
 
-    The Fisher matrix in the logit of the probability p of success is
-    `1 − p`.
+    The Fisher matrix in the logit of the probability p of success is `1 − p`.
 
     Args:
         probs: The probability of success, a number or a link. Defaults to
             `"sigmoid"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (Parameter("probs", "unit"),)
@@ -85,8 +82,7 @@ class NegativeBinomial(Family):
             a link. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
 
     References:
         - Lawless, 1987.
@@ -144,8 +140,7 @@ class NegativeBinomialLogits(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
@@ -191,8 +186,7 @@ class ZeroInflatedPoisson(Family):
         rate: The rate, a number or a link. Defaults to `"exp"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (

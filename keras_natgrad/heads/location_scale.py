@@ -251,8 +251,7 @@ class StudentT(Family):
             `4.0`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
 
     References:
         - Lange, Little & Taylor, 1989.

@@ -26,8 +26,7 @@ class Exponential(Family):
         rate: The rate, a number or a link. Defaults to `"exp"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (Parameter("rate", "positive"),)
@@ -55,8 +54,7 @@ class Gamma(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
@@ -92,8 +90,7 @@ class InverseGamma(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
@@ -139,8 +136,7 @@ class InverseGaussian(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
@@ -169,8 +165,7 @@ class Weibull(Family):
     r"""Weibull targets: lifetimes.
 
     The Fisher matrix in (log scale, log concentration), with k for the
-    concentration and Euler's γ, is
-    `[[k², (γ − 1) k], [·, π²/6 + (1 − γ)²]]`.
+    concentration and Euler's γ, is `[[k², (γ − 1) k], [·, π²/6 + (1 − γ)²]]`.
 
     Args:
         scale: The scale, a number or a link. Defaults to `"softplus"`.
@@ -178,8 +173,7 @@ class Weibull(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (

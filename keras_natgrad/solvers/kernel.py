@@ -30,9 +30,8 @@ class Kernel(Solver):
         (R Rᵀ + λI)⁻¹ R u = R (K + λI)⁻¹ u,
 
     one M × M factorisation replaces one of size P. This *residual form* loses
-    at most `ε ‖R‖ ‖u₀‖ / λ`, where u₀ is the part of u in the null space of
-    R, and nothing if R has full column rank; the *Woodbury form* of the
-    remainder,
+    at most `ε ‖R‖ ‖u₀‖ / λ`, where u₀ is the part of u in the null space of R,
+    and nothing if R has full column rank; the *Woodbury form* of the remainder,
 
         (R Rᵀ + λI)⁻¹ r = (r − R (K + λI)⁻¹ Rᵀ r) / λ,
 
