@@ -12,6 +12,9 @@ import tensorflow_probability as tfp
 import tf_keras
 
 import keras_natgrad
+
+# Imported here to register its layers before a test isolates the registry.
+import keras_natgrad.integrations.tf_keras  # noqa: F401
 from tests.distribution.strategy import two_replicas
 
 # Every example may use these without an import.
