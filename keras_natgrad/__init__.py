@@ -60,7 +60,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `tuner` where it is first used: Keras Tuner is optional."""
+    """Imports `tuner` on first use, because Keras Tuner is optional."""
     if name == "tuner":
         return importlib.import_module("keras_natgrad.tuner")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -227,9 +227,9 @@ def _compile_arguments(model: Any) -> dict[str, Any]:
         )
     if type(model).compile is not keras.Model.compile:
         raise ValueError(
-            "The model's class has a `compile` of its own, so that Keras "
-            "cannot compile it again: use `search_space(hp)` in `build`, and "
-            f"no wrapper. Received: model={model!r}"
+            "The model's class overrides `compile`, so Keras cannot compile it "
+            "again: use `search_space(hp)` in `build`, without this wrapper. "
+            f"Received: model={model!r}"
         )
     config = model.get_compile_config()
     # The loss need not be registered with Keras.
@@ -239,8 +239,8 @@ def _compile_arguments(model: Any) -> dict[str, Any]:
         arguments = keras.saving.deserialize_keras_object(config)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "The model cannot be compiled again with its metrics: those of "
-            "your own must be classes or functions registered by "
+            "The model cannot be compiled again with its metrics: your own "
+            "metrics must be classes or functions registered by "
             f"`keras.saving.register_keras_serializable`. Received: {error}"
         ) from error
     return {**arguments, "loss": getattr(model, "loss", None)}

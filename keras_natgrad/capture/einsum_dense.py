@@ -89,7 +89,7 @@ def parse_equation(equation: str) -> Equation:
 def describe_einsum_dense(layer: keras.layers.EinsumDense) -> LinearMap | None:
     """`z = einsum(equation, x, W) + b` with W applied at every position.
 
-    Labels in input, kernel and output alike are groups with a matrix each.
+    Labels in input, kernel and output are groups with one matrix each.
     """
     equation = parse_equation(layer.equation)
     leads = layer.equation.replace(" ", "")
@@ -142,8 +142,8 @@ def _bias_shape(
     """Returns the bias shape if the bias has one entry per output feature.
 
     A bias that varies over shared positions, or is common to several output
-    features or groups, is no homogeneous coordinate and falls back. So does a
-    bias whose axes are in another order than groups and features.
+    features or groups, is not a homogeneous coordinate and falls back. So does
+    a bias whose axes are in another order than groups and features.
     """
     if layer.bias is None:
         return None

@@ -93,7 +93,7 @@ def with_bias(layer: Any, kernel: Any) -> tuple[Any, ...]:
 
 
 def bias_map(layer: Any) -> LinearMap:
-    """Returns the map of a bias that is no homogeneous coordinate.
+    """Returns the map of a bias that is not a homogeneous coordinate.
 
     Its gradient is the sum of the cotangents over all positions: a matrix of
     one row that is used once, so its Kronecker block is exact.

@@ -60,7 +60,7 @@ def find_following(
 
     Args:
         model: A built model.
-        layers: Layers of it.
+        layers: Layers of the model.
     """
     graph = layer_graph(model)
     return [_follow(layer, graph) for layer in layers]

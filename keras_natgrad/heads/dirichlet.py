@@ -159,7 +159,7 @@ class Dirichlet(_Concentrations):
         root = tf.sqrt(alpha + h)
         w = tf.sqrt(total + h_total) * (alpha / total) / root
         # 1 − c = ψ₁(α₀) (Σ r(α_i) − r(α₀)) with r(x) = x − 1/ψ₁(x), which
-        # does not cancel where the concentrations are large.
+        # does not cancel if the concentrations are large.
         trigamma = (1.0 + h_total / total) / total
         rest = trigamma * (
             tf.reduce_sum(_remainder(alpha, h), axis=-1, keepdims=True)

@@ -27,7 +27,8 @@ def trigamma_excess(x: tf.Tensor) -> tf.Tensor:
     `ψ₁ = (x + h) / x²`, and differences of h give its differences, which occur
     in Fisher matrices of gamma functions.
     """
-    # ψ₁(x) = Σ_{j<n} (x + j)⁻² + ψ₁(x + n) leads to where the series holds.
+    # ψ₁(x) = Σ_{j<n} (x + j)⁻² + ψ₁(x + n) leads to where the series is
+    # accurate.
     small = tf.minimum(x, tf.constant(float(_SHIFT), x.dtype))
     total = tf.math.reciprocal(small + _SHIFT) + _tail(small + _SHIFT)
     for j in range(_SHIFT - 1, 0, -1):

@@ -149,7 +149,7 @@ def _categorical_focal(
 
 
 def _focal_weight(missed: tf.Tensor, gamma: float) -> tf.Tensor:
-    """Weight of the cross-entropy whose Fisher stands for the focal loss.
+    """Weight of the cross-entropy whose Fisher represents the focal loss.
 
     With q = 1 − p missed of the true class, the gradient of `−q^γ ln p` is that
     of the cross-entropy times `q^γ s`, `s = 1 − γ p ln p / q`, where the second

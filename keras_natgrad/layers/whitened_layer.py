@@ -108,8 +108,8 @@ class WhitenedLayer(keras.layers.Layer, abc.ABC):
         """
         if type(layer) is not cls.plain_class:
             raise ValueError(
-                f"`{cls.__name__}` stands for keras.layers."
-                f"{cls.plain_class.__name__} only. Received: layer "
+                f"`{cls.__name__}` can only replace keras.layers."
+                f"{cls.plain_class.__name__}. Received: layer "
                 f"{layer.name!r} of type {type(layer).__name__}"
             )
         check_plain(layer, cls.__name__)

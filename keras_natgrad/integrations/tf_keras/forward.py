@@ -76,7 +76,7 @@ class Recorder:
         Other modes run as before. Taps are on the layers only during a call.
         """
         remove_taps(model)
-        # SavedModel wants a bound method.
+        # SavedModel needs a bound method.
         method = MethodType(self._recording(model.call), model)
         object.__setattr__(model, "call", method)
 
