@@ -399,7 +399,9 @@ def test_hypermodel_refuses():
         model.compile(optimizer="adam", loss="mse")
         return model
 
-    with pytest.raises(ValueError, match="overrides `compile`.*model=<OwnCompile"):
+    with pytest.raises(
+        ValueError, match="overrides `compile`.*model=<OwnCompile"
+    ):
         NaturalGradientHyperModel(own_compile).build(hp)
 
 

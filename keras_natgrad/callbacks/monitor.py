@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_natgrad.callbacks.attach import compiled_optimizer
 from keras_natgrad.callbacks.figures import monitor_figure
 from keras_natgrad.callbacks.refresh_timer import RefreshTimer
 from keras_natgrad.callbacks.spectra import (
@@ -21,7 +22,6 @@ from keras_natgrad.callbacks.spectra import (
 from keras_natgrad.callbacks.tensorboard import SummaryWriter
 from keras_natgrad.checks import check_integer, check_period
 from keras_natgrad.step import LevenbergMarquardt
-from keras_natgrad.training.train_step import curvature_optimizer
 
 # The optimizer's statistics that are logged, and their names in the logs.
 # `learning_rate` is taken: callbacks of Keras log the attribute by that name.
@@ -275,14 +275,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     # -- Parts of a record -----------------------------------------------
 
     def _optimizer(self) -> Any:
-        optimizer = curvature_optimizer(self.model.optimizer)
-        if optimizer is None:
-            raise ValueError(
-                "`CurvatureMonitor` needs a model compiled with an optimizer "
-                "of keras_natgrad, e.g. keras_natgrad.KFAC(). "
-                f"Received: optimizer={self.model.optimizer!r}"
-            )
-        return optimizer
+        return compiled_optimizer(self.model, "CurvatureMonitor")
 
     def _is_last(self, batch: int) -> bool:
         """Returns whether this call may be followed by a record."""

@@ -8,8 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_natgrad.callbacks.attach import compiled_optimizer
 from keras_natgrad.checks import check_integer, check_positive
-from keras_natgrad.training.train_step import curvature_optimizer
 
 
 class RaiseDamping(keras.callbacks.Callback):
@@ -94,13 +94,7 @@ class RaiseDamping(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Checks the optimizer."""
-        optimizer = curvature_optimizer(self.model.optimizer)
-        if optimizer is None:
-            raise ValueError(
-                "`RaiseDamping` needs a model compiled with an optimizer of "
-                "keras_natgrad, e.g. keras_natgrad.KFAC(). "
-                f"Received: optimizer={self.model.optimizer!r}"
-            )
+        optimizer = compiled_optimizer(self.model, "RaiseDamping")
         if optimizer.damping == 0.0:
             raise ValueError(
                 "`RaiseDamping` multiplies the damping, which must not be "
@@ -156,7 +150,7 @@ class RaiseDamping(keras.callbacks.Callback):
         if self._kept is None:
             self._stop(batch, "there is no good copy of the weights")
             return
-        optimizer = curvature_optimizer(self.model.optimizer)
+        optimizer = compiled_optimizer(self.model, "RaiseDamping")
         left = int(optimizer.iterations.numpy())
         for variable, value in self._kept:
             variable.assign(value)
