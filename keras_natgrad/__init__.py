@@ -26,6 +26,8 @@ from keras_natgrad.step import (
     LineSearch,
     QuadraticModel,
     Spring,
+    StepRule,
+    SurgeGuard,
 )
 from keras_natgrad.training import ResidualModel
 from keras_natgrad.version import __version__
@@ -44,6 +46,8 @@ __all__ = [
     "QuadraticModel",
     "ResidualModel",
     "Spring",
+    "StepRule",
+    "SurgeGuard",
     "__version__",
     "blocks",
     "callbacks",

@@ -141,7 +141,7 @@ def _curvature(
         )
 
     shapes = [tuple(variable.shape) for variable in variables]
-    curvature = BlockDiagonal(plan, shapes, options)
+    curvature = BlockDiagonal(plan, shapes, options, stacked=False)
     curvature.build([f"v{i}" for i in range(len(shapes))], add_variable)
     return curvature
 

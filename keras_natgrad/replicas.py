@@ -145,6 +145,21 @@ def traced_once(function: Callable[[], Any]) -> Callable[[], Any]:
     return tf.function(function, autograph=False)
 
 
+def traced_here(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Returns the function, traced now, for several branches of this graph.
+
+    In a graph, what several branches of `tf.cond` do is traced once, in the
+    graph that they branch off from; the branches only call it. Replicas trace
+    by themselves.
+
+    Args:
+        function: May close over tensors of the graph.
+    """
+    if tf.executing_eagerly() or replica_count() > 1:
+        return function
+    return tf.function(function, autograph=False).get_concrete_function()
+
+
 def refresh_devices() -> Sequence[str]:
     """Returns the devices of this process that share a refresh."""
     strategy = tf.distribute.get_strategy()

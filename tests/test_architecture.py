@@ -25,8 +25,10 @@ MAY_IMPORT["losses"] = {"linalg", "heads"}
 MAY_IMPORT["metrics"] = {"linalg", "heads"}
 MAY_IMPORT["capture"] = {"linalg", "blocks"}
 MAY_IMPORT["solvers"] = {"linalg"}
-MAY_IMPORT["step"] = {"linalg", "heads", "blocks"}
-MAY_IMPORT["curvature"] = {*("linalg", "heads"), "blocks", "capture", "solvers"}
+MAY_IMPORT["step"] = {"linalg"}
+MAY_IMPORT["curvature"] = {
+    *("linalg", "heads", "blocks", "capture", "solvers", "step"),
+}
 MAY_IMPORT["relative"] = {*MAY_IMPORT["curvature"], "curvature"}
 MAY_IMPORT["training"] = {*MAY_IMPORT["curvature"], "curvature", "losses"}
 MAY_IMPORT["optimizers"] = {

@@ -1,6 +1,6 @@
 """Fisher approximations for one layer, one per module."""
 
-from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.blocks.base import Block
 from keras_natgrad.blocks.diagonal import DiagonalBlock
 from keras_natgrad.blocks.eigen import EigenBlock
 from keras_natgrad.blocks.eigen_shared import EigenSharedBlock
@@ -17,7 +17,13 @@ from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock, WeightSharing
 from keras_natgrad.blocks.metric import MetricBlock, UnitMetricBlock
-from keras_natgrad.blocks.registry import check_kind, create, register_block
+from keras_natgrad.blocks.registry import (
+    check_kind,
+    create,
+    prototype,
+    register_block,
+)
+from keras_natgrad.blocks.shape import BlockShape
 from keras_natgrad.blocks.tied import TiedBlock
 from keras_natgrad.blocks.unitwise import CoupledBlock, UnitwiseBlock
 
@@ -45,5 +51,6 @@ __all__ = [
     "WeightSharing",
     "check_kind",
     "create",
+    "prototype",
     "register_block",
 ]

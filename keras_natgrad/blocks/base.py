@@ -3,81 +3,31 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import keras
 import tensorflow as tf
+from typing_extensions import Self
 
-from keras_natgrad.linalg import Rows, scalar
+from keras_natgrad.blocks.settings import Settings
+from keras_natgrad.blocks.shape import BlockShape, FactorScales
+from keras_natgrad.blocks.state import select
+from keras_natgrad.linalg import Rows, expand_to, scalar
 
 # Creates one named, saved optimizer variable: (name, shape, initializer).
-VariableFactory = Callable[[str, tuple[int, ...], Any], keras.Variable]
+VariableFactory = Callable[[str, tuple[int, ...], Any], Any]
+#: Tensors by the name of the running average that they go into.
+Statistics = dict[str, tf.Tensor]
 
 
-def identities(shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
-    """Initializer of identity matrices, `[..., n, n]`."""
-    dtype = keras.backend.standardize_dtype(dtype)
-    return tf.eye(shape[-1], batch_shape=list(shape[:-2]), dtype=dtype)
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """Canonical shape of a layer's parameters.
-
-    Attributes:
-        rows: Number of input features n, plus one where the layer has a bias
-            (the homogeneous coordinate, last row).
-        columns: Number of output features m.
-        groups: Number of groups with a matrix of their own each, or `None`
-            for a layer without groups. All tensors of a layer with groups
-            have them as their first axis.
-        one_hot: Whether the inputs are `linalg.OneHot`.
-        biased: Whether the last row is that of a bias.
-        two_way: Whether the matrix is used as its transpose too; inputs are
-            `linalg.TwoWayRows` and cotangents `linalg.TwoWayCotangents`.
-    """
-
-    rows: int
-    columns: int
-    groups: int | None = None
-    one_hot: bool = False
-    biased: bool = False
-    two_way: bool = False
-
-    @property
-    def size(self) -> int:
-        """Number of parameters, `groups × rows × columns`."""
-        return (self.groups or 1) * self.matrix_size
-
-    @property
-    def matrix_size(self) -> int:
-        """Number of parameters of one group."""
-        return self.rows * self.columns
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Axes before rows and columns: the groups, if any."""
-        return () if self.groups is None else (self.groups,)
-
-    @property
-    def matrix(self) -> tuple[int, ...]:
-        """Shape of the parameters, `[(groups,) rows, columns]`."""
-        return (*self.lead, self.rows, self.columns)
-
-
-class FactorScales(NamedTuple):
-    """Traces and sizes of the two factors of a Kronecker product."""
-
-    input_trace: tf.Tensor
-    input_size: int
-    output_trace: tf.Tensor
-    output_size: int
-
-
-class Block(abc.ABC):
+class Block(Settings, abc.ABC):
     """Approximates the Fisher information of one layer's parameters.
+
+    A block is made with its own options only, as in `EigenBlock()`, and is a
+    prototype: `bind` returns the block of a layer's shape, and `build` creates
+    its state.
 
     The layer is seen in its canonical form only: inputs `ā` of shape
     `[batch, shared, rows]` (homogeneous coordinate included) and cotangents
@@ -92,26 +42,57 @@ class Block(abc.ABC):
     `accumulate` folds both into running averages that carry their true
     weight. `refresh` computes what `precondition` needs.
 
-    Subclasses declare their running averages with `add_average` and their
-    caches with `add_cache` in `build`.
+    Layers of one shape may share a block, bound to their number: its state,
+    statistics and gradients then have a first axis `layers`. Statistics are
+    taken by blocks of single layers and stacked. `accumulate`, `refresh`,
+    `precondition`, `trace`, `factor_scales`, `damping_rows` and `update_basis`
+    work on all layers at once, and return one number per layer; everything
+    else is for the block of one layer, see `of_layer`.
 
-    Args:
-        shape: `BlockShape`.
+    Subclasses declare their running averages with `add_average` and their
+    caches with `add_cache` in `build_state`, in shapes that start with `lead`.
     """
 
-    #: Name under which the block is chosen and shown in the summary.
+    #: Name under which the block is shown in the summary.
     kind = "block"
     #: Whether it has statistics of cotangents. Where no block of a network
     #: has any, no backward pass is made for them.
     uses_cotangents = True
-    #: Options of `create` that the constructor takes.
-    options: tuple[str, ...] = ()
+    #: Whether `observe_gradient` is to be called at every step.
+    uses_gradients = False
     #: Whether it can treat a matrix that is used as its transpose too.
     treats_two_way = False
     #: Whether it can treat a layer with a matrix per group of features.
     treats_groups = False
+    #: Whether layers of one shape may share it.
+    stacks = False
+    #: Whether, as the choice for a whole model, it leaves a layer that one
+    #: matrix does not suit (normalisation, tied embeddings) the block that
+    #: belongs to that layer.
+    leaves_special_layers = False
 
-    def __init__(self, shape: BlockShape) -> None:
+    shape: BlockShape
+    layers: int | None
+
+    def bind(self, shape: BlockShape, layers: int | None = None) -> Self:
+        """Returns the unbuilt block for layers of a shape.
+
+        Args:
+            shape: `BlockShape` of each layer.
+            layers: How many layers share the block, `None` for the block of
+                one layer, whose tensors have no axis for them.
+
+        Raises:
+            ValueError: If the block is not for such a layer.
+        """
+        self.check_shape(shape)
+        block = copy.copy(self)
+        block.shape, block.layers = shape, layers
+        block.prepare()
+        return block
+
+    def check_shape(self, shape: BlockShape) -> None:
+        """Raises ValueError if the block is not for a layer of this shape."""
         if shape.groups is not None and not self.treats_groups:
             raise ValueError(
                 f"The block {self.kind!r} is not for a layer with groups, each "
@@ -128,11 +109,24 @@ class Block(abc.ABC):
                 "leave the layer out with `attach(model, exclude=[...])`. "
                 f"Received: shape={shape!r}"
             )
-        self.shape = shape
-        self._averages: list[keras.Variable] = []
-        self._caches: list[keras.Variable] = []
-        self._add_variable: VariableFactory | None = None
-        self._add_sum: VariableFactory | None = None
+
+    def prepare(self) -> None:
+        """Computes what follows from options, `shape` and `layers`."""
+
+    @property
+    def axis(self) -> tuple[int, ...]:
+        """The axis of layers of all tensors, if there is one."""
+        return () if self.layers is None else (self.layers,)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Axes before rows and columns: layers, then groups, if any."""
+        return (*self.axis, *self.shape.lead)
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """Shape of gradients, `[(layers,) (groups,) rows, columns]`."""
+        return (*self.axis, *self.shape.matrix)
 
     # -- State -----------------------------------------------------------
 
@@ -148,70 +142,73 @@ class Block(abc.ABC):
             add_sum: The same for running averages, whose value is the sum of
                 what each replica has seen.
         """
+        self._averages: dict[str, Any] = {}
+        self._caches: dict[str, Any] = {}
         self._add_variable = add_variable
         self._add_sum = add_sum or add_variable
-        self._weight = add_variable("weight", (), "zeros")
+        self._weight = add_variable("weight", self.axis, "zeros")
         self.build_state()
 
     @abc.abstractmethod
     def build_state(self) -> None:
         """Declares running averages and caches."""
 
-    def add_average(self, name: str, shape: tuple[int, ...]) -> keras.Variable:
-        """Adds a running average, in the order of the statistics."""
-        assert self._add_sum is not None, "build() has not been called"
-        variable = self._add_sum(name, shape, "zeros")
-        self._averages.append(variable)
-        return variable
+    def add_average(self, name: str, shape: tuple[int, ...]) -> Any:
+        """Adds a running average of the statistic of this name."""
+        self._averages[name] = self._add_sum(name, shape, "zeros")
+        return self._averages[name]
 
     def add_cache(
         self, name: str, shape: tuple[int, ...], initializer: Any = "zeros"
-    ) -> keras.Variable:
+    ) -> Any:
         """Adds a variable computed by `refresh`."""
-        assert self._add_variable is not None, "build() has not been called"
-        variable = self._add_variable(name, shape, initializer)
-        self._caches.append(variable)
-        return variable
+        self._caches[name] = self._add_variable(name, shape, initializer)
+        return self._caches[name]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All state by name."""
+        return {"weight": self._weight, **self._averages, **self._caches}
 
     def copy_statistics(self, other: Block) -> None:
         """Takes the running averages of a block of the same kind and shape."""
         self._weight.assign(other._weight.value)
-        for own, new in zip(self._averages, other._averages, strict=True):
-            own.assign(new.value)
+        for name, average in self._averages.items():
+            average.assign(other._averages[name].value)
 
     def copy_inverse(self, other: Block) -> None:
         """Takes what the other block's last `refresh` has computed."""
-        for own, new in zip(self._caches, other._caches, strict=True):
-            own.assign(new.value)
+        for name, cache in self._caches.items():
+            cache.assign(other._caches[name].value)
 
     @property
     def dtype(self) -> str:
         """Dtype of the state."""
-        return self._weight.dtype
+        return str(self._weight.dtype)
 
     @property
     def memory(self) -> int:
-        """Number of state elements that the block keeps."""
-        return self.state_size(self.shape)
+        """Number of state elements that the block keeps, of all layers."""
+        sizes: list[int] = []
+
+        def count(name: str, shape: tuple[int, ...], initializer: Any) -> None:
+            if name != "weight":
+                sizes.append(math.prod(shape))
+
+        self.bind(self.shape, self.layers).build(count)
+        return sum(sizes)
 
     @property
     def refresh_cost(self) -> int:
-        """What a refresh costs beside those of other blocks."""
+        """What the refresh of a layer costs beside those of other blocks."""
         rows, columns = self.shape.rows, self.shape.columns
         return (self.shape.groups or 1) * (rows**3 + columns**3)
-
-    @classmethod
-    @abc.abstractmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        """Returns the number of state elements for a layer of `shape`."""
 
     # -- Statistics ------------------------------------------------------
 
     @abc.abstractmethod
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        """Returns the statistics of the inputs alone.
+    def input_statistics(self, inputs: Rows, weights: tf.Tensor) -> Statistics:
+        """Returns the statistics of the inputs alone, by name.
 
         Args:
             inputs: Tensor `[(groups,) batch, shared, rows]`, or
@@ -222,8 +219,8 @@ class Block(abc.ABC):
     @abc.abstractmethod
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        """Returns the statistics of one column of the loss factor.
+    ) -> Statistics:
+        """Returns the statistics of one column of the loss factor, by name.
 
         Args:
             inputs: Tensor `[(groups,) batch, shared, rows]`, or
@@ -231,9 +228,18 @@ class Block(abc.ABC):
             cotangents: Tensor `[(groups,) batch, shared, columns]`.
         """
 
+    def observe_gradient(self, gradient: tf.Tensor) -> None:
+        """Sees the gradient of every step, where `uses_gradients` is set.
+
+        It is called before `precondition`.
+
+        Args:
+            gradient: Tensor `[(layers,) (groups,) rows, columns]`.
+        """
+
     def accumulate(
         self,
-        statistics: Sequence[tf.Tensor],
+        statistics: Mapping[str, tf.Tensor],
         decay: float | tf.Tensor,
         keep_finite: bool = False,
     ) -> None:
@@ -243,28 +249,24 @@ class Block(abc.ABC):
         dividing by `w` makes the average unbiased from the first step on.
 
         Args:
-            statistics: Input statistics followed by cotangent statistics.
+            statistics: Those of inputs and of cotangents, by name.
             decay: Scalar β in [0, 1).
-            keep_finite: Whether statistics that are not finite, as float16 may
-                have them, or a head of one's own, change nothing: `β` is one
-                for this block. Otherwise they stay in the averages.
+            keep_finite: Whether statistics of a layer that are not finite, as
+                float16 may have them, or a head of one's own, change nothing:
+                `β` is one for this layer. Otherwise they stay in the averages.
         """
         decay = scalar(decay, self.dtype)
+        share = 1 - decay
+        usable = None
         if keep_finite and statistics:
-            finite = [
-                tf.math.is_finite(tf.reduce_sum(new)) for new in statistics
-            ]
-            fine = tf.reduce_all(finite)
-            decay = tf.where(fine, decay, tf.ones_like(decay))
-            statistics = [
-                tf.where(fine, new, tf.zeros_like(new)) for new in statistics
-            ]
-        for average, new in zip(self._averages, statistics, strict=True):
-            average.assign(
-                decay * average.value
-                + (1 - decay) * tf.cast(new, average.dtype)
-            )
-        self._weight.assign(decay * self._weight.value + (1 - decay))
+            sums = [self.layer_sums(new) for new in statistics.values()]
+            usable = tf.math.is_finite(tf.add_n(sums))
+        for name, average in self._averages.items():
+            old = tf.convert_to_tensor(average.value)
+            new = tf.cast(statistics[name], old.dtype)
+            average.assign(select(usable, decay * old + share * new, old))
+        old = tf.convert_to_tensor(self._weight.value)
+        self._weight.assign(select(usable, decay * old + share, old))
 
     def update_basis(self) -> bool:
         """Finds the basis that statistics of cotangents are taken in, if any.
@@ -277,27 +279,35 @@ class Block(abc.ABC):
         """
         return False
 
-    def averages(self) -> tuple[tf.Tensor, ...]:
-        """Returns the debiased running averages."""
-        return tuple(self.debias(average.value) for average in self._averages)
+    def averages(self) -> Statistics:
+        """Returns the debiased running averages, by name."""
+        return {name: self.average(name) for name in self._averages}
+
+    def average(self, name: str) -> tf.Tensor:
+        """Returns a debiased running average."""
+        return self.debias(tf.convert_to_tensor(self._averages[name].value))
 
     def debias(self, value: tf.Tensor) -> tf.Tensor:
         """Corrects a running average, or what is linear in it.
 
         A trace is corrected for a fraction of what its whole matrix costs.
-        """
-        weight = self._weight.value
-        return value / tf.where(weight > 0, weight, tf.ones_like(weight))
 
-    def is_empty(self) -> tf.Tensor:
-        """Returns a scalar bool: no statistics have been seen yet."""
-        return tf.equal(self._weight.value, 0)
+        Args:
+            value: Tensor `[(layers,) ...]`.
+        """
+        weight = tf.convert_to_tensor(self._weight.value)
+        return tf.math.divide_no_nan(value, expand_to(weight, value.shape.rank))
+
+    def layer_sums(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns the sum over all axes but that of the layers."""
+        axes = list(range(len(self.axis), values.shape.rank))
+        return tf.reduce_sum(values, axis=axes) if axes else values
 
     # -- Curvature -------------------------------------------------------
 
     @abc.abstractmethod
     def trace(self) -> tf.Tensor:
-        """Returns the trace of the undamped Fisher block."""
+        """Returns the trace of the undamped Fisher, of every layer."""
 
     @abc.abstractmethod
     def refresh(
@@ -305,15 +315,16 @@ class Block(abc.ABC):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Recomputes the cached inverse.
 
-        Where a factorisation fails for good, the last good inverse stays.
+        Where the factorisation of a layer fails for good, its last good
+        inverse stays.
 
         Args:
-            damping: Scalar λ, added to the Fisher.
+            damping: λ, added to the Fisher, a scalar or one per layer.
             ratio: Scalar π that splits λ over two factors, for blocks that
                 are products; their own where it is `None`.
 
         Returns:
-            Two int32 scalars: raised dampings and failed factorisations.
+            Two int32 scalars: raised dampings and layers that failed.
         """
 
     @abc.abstractmethod
@@ -321,18 +332,18 @@ class Block(abc.ABC):
         """Returns `(F + λ I)⁻¹ vec(gradient)`, shaped like the gradient.
 
         Args:
-            gradient: Tensor `[(groups,) rows, columns]`.
+            gradient: Tensor `[(layers,) (groups,) rows, columns]`.
         """
 
     @abc.abstractmethod
     def operator(self) -> tf.linalg.LinearOperator:
-        """Returns the undamped Fisher block as a linear operator.
+        """Returns the undamped Fisher of one layer as a linear operator.
 
         It acts on row-major flattened `[(groups,) rows, columns]` matrices.
         """
 
     def to_dense(self) -> tf.Tensor:
-        """Returns the undamped Fisher block, `[size, size]`."""
+        """Returns the undamped Fisher of one layer, `[size, size]`."""
         return self.operator().to_dense()
 
     # -- Eigenvalues -----------------------------------------------------
@@ -343,7 +354,7 @@ class Block(abc.ABC):
         return self.shape.size
 
     def spectra(self) -> dict[str, tf.Tensor]:
-        """Returns the eigenvalues of the undamped Fisher block, in parts.
+        """Returns the eigenvalues of one layer's undamped Fisher, in parts.
 
         The eigenvalues of the block are all products of one entry of each
         part's last axis, `λ_i(A) λ_j(G)` for `A ⊗ G`. Axes before the last
@@ -368,7 +379,8 @@ class Block(abc.ABC):
     def damping_rows(self) -> tf.Tensor | None:
         """Returns the diagonal metric D of the damping `λ D`.
 
-        A tensor `[rows]`, the same for all columns; `None` is the identity.
+        A tensor `[(layers,) rows]`, the same for all columns; `None` is the
+        identity.
         """
         return None
 

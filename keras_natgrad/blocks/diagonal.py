@@ -5,24 +5,24 @@ from __future__ import annotations
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape
-from keras_natgrad.linalg import Rows, gradient_squares
+from keras_natgrad.blocks.base import Block, Statistics
+from keras_natgrad.blocks.state import count_failures, keep_good
+from keras_natgrad.linalg import Rows, expand_to, gradient_squares
 
 
 class DiagonalCurvature(Block):
     """A block whose Fisher is a diagonal: one average and its inverse.
 
-    Both have `state_shape`, which broadcasts to `[(groups,) rows, columns]`.
-    Subclasses say what statistic the diagonal is the average of.
-
-    Args:
-        shape: `BlockShape`.
+    Both have `state_shape`, which broadcasts to `matrix`. Subclasses say what
+    statistic the diagonal is the average of.
     """
+
+    stacks = True
 
     @property
     def state_shape(self) -> tuple[int, ...]:
         """Shape of the average and of the inverse."""
-        return self.shape.matrix
+        return self.matrix
 
     @override
     def build_state(self) -> None:
@@ -30,39 +30,35 @@ class DiagonalCurvature(Block):
         self._inverse = self.add_cache("inverse", self.state_shape)
 
     @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return 2 * shape.size
-
-    @override
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return ()
+    def input_statistics(self, inputs: Rows, weights: tf.Tensor) -> Statistics:
+        return {}
 
     @override
     def trace(self) -> tf.Tensor:
-        return tf.reduce_sum(self.averages()[0])
+        diagonal = tf.convert_to_tensor(self._averages["diagonal"].value)
+        return self.debias(self.layer_sums(diagonal))
 
     @override
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        (diagonal,) = self.averages()
-        inverse = tf.math.reciprocal(
-            diagonal + tf.cast(damping, diagonal.dtype)
+        diagonal = self.average("diagonal")
+        damping = expand_to(
+            tf.cast(damping, diagonal.dtype), diagonal.shape.rank
         )
-        finite = tf.math.is_finite(tf.reduce_sum(inverse))
-        self._inverse.assign(tf.where(finite, inverse, self._inverse.value))
-        return tf.constant(0, tf.int32), tf.cast(~finite, tf.int32)
+        inverse = tf.math.reciprocal(diagonal + damping)
+        finite = tf.math.is_finite(self.layer_sums(inverse))
+        keep_good(self._inverse, inverse, finite)
+        return tf.constant(0, tf.int32), count_failures(finite)
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
-        return self._inverse.value * gradient
+        inverse = tf.convert_to_tensor(self._inverse.value)
+        return expand_to(inverse, len(self.matrix)) * gradient
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
-        flat = self._flat(self.averages()[0])
+        flat = self._flat(self.average("diagonal"))
         return tf.linalg.LinearOperatorDiag(flat, is_self_adjoint=True)
 
     @override
@@ -72,7 +68,7 @@ class DiagonalCurvature(Block):
 
     @override
     def spectra(self) -> dict[str, tf.Tensor]:
-        return {"fisher": self._flat(self.averages()[0])}
+        return {"fisher": self._flat(self.average("diagonal"))}
 
     @override
     def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
@@ -89,9 +85,6 @@ class DiagonalBlock(DiagonalCurvature):
     diagonal is `(ā²)ᵀ g²` without per-example gradients. With one-hot inputs
     only positions of one token meet, `N S²` memory for the time of the update.
     Otherwise the gradients are formed, `N n m`.
-
-    Args:
-        shape: `BlockShape`.
     """
 
     kind = "diagonal"
@@ -101,5 +94,5 @@ class DiagonalBlock(DiagonalCurvature):
     @override
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return (gradient_squares(inputs, cotangents),)
+    ) -> Statistics:
+        return {"diagonal": gradient_squares(inputs, cotangents)}

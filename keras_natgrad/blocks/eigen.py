@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-import keras
 import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape, identities
+from keras_natgrad.blocks.base import Block, Statistics
 from keras_natgrad.blocks.factors import DenseFactor, Factor, make_factor
 from keras_natgrad.blocks.kronecker import (
     WeightSharing,
     input_moment,
     output_moment,
 )
+from keras_natgrad.blocks.state import (
+    count_failures,
+    identities,
+    keep_good,
+    select,
+)
 from keras_natgrad.linalg import (
     Rows,
     eigenbasis,
+    expand_to,
     gradient_squares,
+    identity_matrix,
     multiply,
 )
 
@@ -71,7 +78,6 @@ class EigenBlock(Block):
     `2 (n² + m² + n m)` memory.
 
     Args:
-        shape: `BlockShape`.
         weight_sharing: `"expand"` or `"reduce"`, of the factors.
         max_factor_size: Largest side with a basis.
 
@@ -81,19 +87,24 @@ class EigenBlock(Block):
 
     kind = "eigen"
     treats_groups = True
-    options = ("weight_sharing", "max_factor_size")
+    stacks = True
+    leaves_special_layers = True
 
     def __init__(
         self,
-        shape: BlockShape,
         weight_sharing: str | WeightSharing = WeightSharing.EXPAND,
         max_factor_size: int = 4096,
     ) -> None:
-        super().__init__(shape)
         self.weight_sharing = WeightSharing(weight_sharing)
-        bound = 0 if shape.one_hot else max_factor_size
-        self._input = make_factor(shape.lead, shape.rows, bound)
-        self._output = make_factor(shape.lead, shape.columns, max_factor_size)
+        self.max_factor_size = max_factor_size
+
+    @override
+    def prepare(self) -> None:
+        bound = 0 if self.shape.one_hot else self.max_factor_size
+        self._input = make_factor(self, self.shape.rows, bound)
+        self._output = make_factor(
+            self, self.shape.columns, self.max_factor_size
+        )
 
     # -- State -----------------------------------------------------------
 
@@ -101,27 +112,14 @@ class EigenBlock(Block):
     def build_state(self) -> None:
         self.add_average("input_factor", self._input.shape)
         self.add_average("output_factor", self._output.shape)
-        self._scales = self.add_average("scales", self.shape.matrix)
-        self._basis_variables: list[keras.Variable | None] = []
+        self._scales = self.add_average("scales", self.matrix)
+        self._basis_variables: list[Any] = []
         for name, side in (("input", self._input), ("output", self._output)):
             basis = None
             if _has_basis(side):
                 basis = self.add_cache(f"{name}_basis", side.shape, identities)
             self._basis_variables.append(basis)
-        self._inverse = self.add_cache("inverse", self.shape.matrix)
-
-    @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        squares = shape.rows**2 + shape.columns**2
-        return 2 * (shape.groups or 1) * squares + 2 * shape.size
-
-    @override
-    @property
-    def memory(self) -> int:
-        sides = self._input, self._output
-        factors = sum(side.elements * (1 + _has_basis(side)) for side in sides)
-        return factors + 2 * self.shape.size
+        self._inverse = self.add_cache("inverse", self.matrix)
 
     @override
     @property
@@ -135,7 +133,8 @@ class EigenBlock(Block):
         """Takes the running averages, and the bases that they are in."""
         super().copy_statistics(other)
         assert isinstance(other, EigenBlock)
-        self._store(other.bases(), self._scales.value, tf.constant(True))
+        scales = tf.convert_to_tensor(self._scales.value)
+        self._store(other.bases(), scales, tf.ones(self.axis, tf.bool))
 
     @override
     def copy_inverse(self, other: Block) -> None:
@@ -147,17 +146,14 @@ class EigenBlock(Block):
     # -- Statistics ------------------------------------------------------
 
     @override
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return (
-            input_moment(self._input, inputs, weights, self.weight_sharing),
-        )
+    def input_statistics(self, inputs: Rows, weights: tf.Tensor) -> Statistics:
+        moment = input_moment(self._input, inputs, weights, self.weight_sharing)
+        return {"input_factor": moment}
 
     @override
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    ) -> Statistics:
         cotangents = tf.convert_to_tensor(cotangents)
         moment = output_moment(self._output, cotangents, self.weight_sharing)
         left, right = self.bases()
@@ -166,14 +162,18 @@ class EigenBlock(Block):
         if right is not None:
             right = tf.cast(right, cotangents.dtype)
             cotangents = multiply(cotangents, right)
-        return moment, gradient_squares(inputs, cotangents, left)
+        scales = gradient_squares(inputs, cotangents, left)
+        return {"output_factor": moment, "scales": scales}
 
     # -- Bases -----------------------------------------------------------
 
     def bases(self) -> list[tf.Tensor | None]:
         """Returns Q_A and Q_G, `None` for the identity."""
         variables = self._basis_variables
-        return [None if basis is None else basis.value for basis in variables]
+        return [
+            None if basis is None else tf.convert_to_tensor(basis.value)
+            for basis in variables
+        ]
 
     @override
     def update_basis(self) -> bool:
@@ -182,17 +182,17 @@ class EigenBlock(Block):
 
     def _renewed(self) -> tuple[Bases, tf.Tensor, tf.Tensor]:
         """Returns the bases of A and G, S in them, and whether all is well."""
-        averages = [average.value for average in self._averages]
-        sums = [tf.reduce_sum(average) for average in averages]
-        succeeded = tf.reduce_all(tf.math.is_finite(sums))
+        averages = self._values()
+        sums = [self.layer_sums(average) for average in averages]
+        succeeded = tf.math.is_finite(tf.add_n(sums))
         sides = self._input, self._output
         bases: list[tf.Tensor | None] = []
         for side, average in zip(sides, averages[:2], strict=True):
             basis = None
             if _has_basis(side):
                 # The decomposition raises where it meets what is not finite.
-                identity = tf.eye(side.size, dtype=average.dtype)
-                _, basis = eigenbasis(tf.where(succeeded, average, identity))
+                identity = identity_matrix(side.size, average.dtype)
+                _, basis = eigenbasis(select(succeeded, average, identity))
             bases.append(basis)
         return bases, self._turned(bases), succeeded
 
@@ -202,13 +202,21 @@ class EigenBlock(Block):
         """Keeps bases and the average S in them, if they are good."""
         for variable, basis in zip(self._basis_variables, bases, strict=True):
             if variable is not None:
-                variable.assign(tf.where(succeeded, basis, variable.value))
-        self._scales.assign(tf.where(succeeded, scales, self._scales.value))
+                assert basis is not None
+                keep_good(variable, basis, succeeded)
+        keep_good(self._scales, scales, succeeded)
+
+    def _values(self) -> list[tf.Tensor]:
+        """Returns A, G and S as they are averaged, not debiased."""
+        return [
+            tf.convert_to_tensor(average.value)
+            for average in self._averages.values()
+        ]
 
     def _turned(self, bases: Bases) -> tf.Tensor:
         """Returns the average S in other bases."""
-        own, scales = self.bases(), self._scales.value
-        left, right, _ = (average.value for average in self._averages)
+        own = self.bases()
+        left, right, scales = self._values()
         old = _outer(_moments(left, own[0]), _moments(right, own[1]))
         new = _outer(_moments(left, bases[0]), _moments(right, bases[1]))
         # Below it a moment is rounding.
@@ -227,20 +235,20 @@ class EigenBlock(Block):
 
     @override
     def trace(self) -> tf.Tensor:
-        return tf.reduce_sum(self.averages()[2])
+        return self.debias(self.layer_sums(self._scales.value))
 
     @override
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
         bases, scales, succeeded = self._renewed()
-        unbiased = tf.math.divide_no_nan(scales, self._weight.value)
-        inverse = tf.math.reciprocal(unbiased + tf.cast(damping, scales.dtype))
-        succeeded &= tf.math.is_finite(tf.reduce_sum(inverse))
+        damping = expand_to(tf.cast(damping, scales.dtype), scales.shape.rank)
+        inverse = tf.math.reciprocal(self.debias(scales) + damping)
+        succeeded &= tf.math.is_finite(self.layer_sums(inverse))
         # The inverse and the bases that it is in stay together.
         self._store(bases, scales, succeeded)
-        self._inverse.assign(tf.where(succeeded, inverse, self._inverse.value))
-        return tf.constant(0, tf.int32), tf.cast(~succeeded, tf.int32)
+        keep_good(self._inverse, inverse, succeeded)
+        return tf.constant(0, tf.int32), count_failures(succeeded)
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
@@ -258,7 +266,7 @@ class EigenBlock(Block):
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
-        scales, bases = self.averages()[2], self.bases()
+        scales, bases = self.average("scales"), self.bases()
         if self.shape.groups is None:
             return _operator(bases, scales)
         return tf.linalg.LinearOperatorBlockDiag(
@@ -282,7 +290,7 @@ class EigenBlock(Block):
 
     @override
     def spectra(self) -> dict[str, tf.Tensor]:
-        return {"fisher": self._flat(self.averages()[2])}
+        return {"fisher": self._flat(self.average("scales"))}
 
     @override
     def inverse_spectra(self) -> dict[str, tf.Tensor] | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.base import Statistics
 from keras_natgrad.blocks.metric import UnitMetricBlock
+from keras_natgrad.blocks.state import count_failures
 from keras_natgrad.linalg import scalar
 
 
@@ -35,15 +34,16 @@ class EigenSharedBlock(UnitMetricBlock):
     memory.
 
     Args:
-        shape: `BlockShape`.
-        **kwargs: See `MetricBlock`.
+        relative_damping: See `MetricBlock`.
+        identity_start: See `MetricBlock`.
+        response: See `MetricBlock`.
     """
 
     kind = "eigen_shared"
 
-    def __init__(self, shape: BlockShape, **kwargs: Any) -> None:
-        super().__init__(shape, **kwargs)
-        self._matrix = (shape.rows, shape.columns)
+    @override
+    def prepare(self) -> None:
+        self._matrix = (self.shape.rows, self.shape.columns)
 
     # -- State -----------------------------------------------------------
 
@@ -60,46 +60,33 @@ class EigenSharedBlock(UnitMetricBlock):
         self._basis = self.add_cache("basis", (side, side), "identity")
         self._inverse = self.add_cache("inverse", self._matrix)
 
-    @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return 2 * (shape.rows**2 + shape.size)
-
-    @override
-    @property
-    def memory(self) -> int:
-        return self.state_size(self.shape)
-
     # -- Statistics ------------------------------------------------------
 
     @override
-    def metrics_of(
-        self, inputs: tf.Tensor, moment: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def metrics_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> Statistics:
         mean = tf.reduce_mean(moment, axis=1, keepdims=True)
         metric = tf.matmul(mean * inputs, inputs, transpose_a=True)
         coordinates = tf.matmul(inputs, self._basis.value)
         squares = tf.square(coordinates)
         diagonals = tf.matmul(squares, moment, transpose_a=True)
-        return metric[tf.newaxis], diagonals
+        return {"metric": metric[tf.newaxis], "diagonals": diagonals}
 
     @override
-    def metrics_of_gradients(
-        self, gradients: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def metrics_of_gradients(self, gradients: tf.Tensor) -> Statistics:
         rows, columns = self._matrix
         vectors = tf.reshape(tf.transpose(gradients, [0, 2, 1]), [-1, rows])
         metric = tf.matmul(vectors, vectors, transpose_a=True)
         coordinates = tf.matmul(vectors, self._basis.value)
         squares = tf.reshape(tf.square(coordinates), [-1, columns, rows])
         diagonals = tf.transpose(tf.reduce_sum(squares, axis=0))
-        return metric[tf.newaxis] / columns, diagonals
+        metric = metric[tf.newaxis] / columns
+        return {"metric": metric, "diagonals": diagonals}
 
     # -- Curvature -------------------------------------------------------
 
     @override
     def trace(self) -> tf.Tensor:
-        return tf.reduce_sum(self.averages()[1])
+        return tf.reduce_sum(self.average("diagonals"))
 
     @override
     def refresh(
@@ -115,7 +102,7 @@ class EigenSharedBlock(UnitMetricBlock):
             tf.where(succeeded, turned, self._diagonals.value)
         )
         self._basis.assign(tf.where(succeeded, basis, self._basis.value))
-        _, diagonals = self.averages()
+        diagonals = self.average("diagonals")
         relative = scalar(self.relative_damping, metric.dtype)
         traces = tf.reduce_sum(diagonals, axis=0)
         dampings = tf.cast(damping, metric.dtype) + relative * traces
@@ -124,8 +111,7 @@ class EigenSharedBlock(UnitMetricBlock):
         inverse = tf.math.reciprocal(diagonals + dampings)
         good &= tf.math.is_finite(tf.reduce_sum(inverse, axis=0))
         self._inverse.assign(tf.where(good, inverse, self._inverse.value))
-        failures = tf.reduce_sum(tf.cast(~good, tf.int32))
-        return tf.constant(0, tf.int32), failures
+        return tf.constant(0, tf.int32), count_failures(good)
 
     def _turned(self, basis: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
         """Returns the diagonals in another basis, their mean the values."""
@@ -143,7 +129,7 @@ class EigenSharedBlock(UnitMetricBlock):
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
-        _, diagonals = self.averages()
+        diagonals = self.average("diagonals")
         # vec(Q X) = (Q ⊗ I) vec(X) for rows that follow each other.
         turn = tf.linalg.LinearOperatorKronecker(
             [
@@ -165,7 +151,7 @@ class EigenSharedBlock(UnitMetricBlock):
 
     @override
     def spectra(self) -> dict[str, tf.Tensor]:
-        return {"units": tf.transpose(self.averages()[1])}
+        return {"units": tf.transpose(self.average("diagonals"))}
 
     @override
     def inverse_spectra(self) -> dict[str, tf.Tensor] | None:

@@ -1,86 +1,80 @@
-"""The factors of a Kronecker product: dense, diagonal or scalar."""
+"""The factors of a Kronecker product: dense or diagonal."""
 
 from __future__ import annotations
 
 import abc
-import math
+from typing import Any, NamedTuple
 
-import keras
 import tensorflow as tf
 from typing_extensions import override
 
+from keras_natgrad.blocks.base import Block
+from keras_natgrad.blocks.state import count_failures, keep_good
 from keras_natgrad.linalg import (
     DampedInverse,
     Rows,
     StructuredRows,
     damped_inverse,
+    expand_to,
     trace_norm_ratio,
 )
 
 
-def make_factor(
-    lead: tuple[int, ...], size: int, bound: int, used: bool = True
-) -> Factor:
-    """Returns a dense, a diagonal or, where it is not used, a scalar factor.
+def make_factor(block: Block, size: int, bound: int) -> Factor:
+    """Returns a dense or a diagonal factor of a bound block.
 
     Args:
-        lead: The axis of groups, if any: one factor for each.
-        size: Its side.
+        block: The block; it has a factor for each layer and group.
+        size: The factor's side.
         bound: Largest side of a dense one.
-        used: Whether it is more than a multiple of the identity.
     """
-    if not used:
-        return ScalarFactor(lead, size)
-    if size <= bound:
-        return DenseFactor(lead, size)
-    return DiagonalFactor(lead, size)
+    kind = DenseFactor if size <= bound else DiagonalFactor
+    return kind(block, size)
 
 
 class Factor(abc.ABC):
     """One side of a Kronecker product: its average and its inverse.
 
     Args:
-        lead: The axis of groups, if any: one factor for each.
+        block: The block; it has a factor for each layer and group.
         size: Side of the factor.
     """
 
-    average: keras.Variable
-    inverse: keras.Variable
+    average: Any
+    inverse: Any
 
-    def __init__(self, lead: tuple[int, ...], size: int) -> None:
-        self.lead = lead
+    def __init__(self, block: Block, size: int) -> None:
+        self.lead = block.lead
+        #: Number of factors of a layer.
+        self.groups = block.shape.groups or 1
         self.size = size
-
-    @property
-    def groups(self) -> int:
-        """Number of factors."""
-        return math.prod(self.lead)
+        # How many of the first axes count layers.
+        self._units = len(block.axis)
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of the average and of the inverse."""
 
-    @property
-    def elements(self) -> int:
-        """Number of elements of the average, and of the inverse."""
-        return math.prod(self.shape)
-
     @abc.abstractmethod
     def second_moment(self, vectors: Rows) -> tf.Tensor:
-        """Returns the sum of outer products of `[..., batch, shared, size]`."""
+        """Returns the sum of outer products of one layer's vectors.
+
+        Args:
+            vectors: `[(groups,) batch, shared, size]`, or `StructuredRows`.
+        """
 
     @abc.abstractmethod
     def trace(self, average: tf.Tensor) -> tf.Tensor:
-        """Returns the trace of the factor, one per group."""
+        """Returns the trace of the factor, of each layer and group."""
 
     @abc.abstractmethod
     def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
         """Returns the damped inverse of the factor."""
 
     def store(self, inverse: tf.Tensor, succeeded: tf.Tensor) -> None:
-        """Keeps an inverse, if it is a good one."""
-        self.inverse.assign(tf.where(succeeded, inverse, self.inverse.value))
+        """Keeps the inverses of the layers for which they are good."""
+        keep_good(self.inverse, inverse, succeeded)
 
     @abc.abstractmethod
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
@@ -120,7 +114,8 @@ class DenseFactor(Factor):
     def second_moment(self, vectors: Rows) -> tf.Tensor:
         if isinstance(vectors, StructuredRows):
             return vectors.second_moment()
-        flat = tf.reshape(vectors, [*self.lead, -1, self.size])
+        groups = self.lead[self._units :]
+        flat = tf.reshape(vectors, [*groups, -1, self.size])
         return tf.matmul(flat, flat, transpose_a=True)
 
     @override
@@ -129,7 +124,7 @@ class DenseFactor(Factor):
 
     @override
     def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return damped_inverse(average, damping)
+        return damped_inverse(average, damping, self._units)
 
     @override
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
@@ -177,7 +172,10 @@ class DiagonalFactor(Factor):
 
     @override
     def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return _reciprocal(average + damping[..., tf.newaxis])
+        inverse = tf.math.reciprocal(average + damping[..., tf.newaxis])
+        axes = list(range(self._units, inverse.shape.rank))
+        finite = tf.math.is_finite(tf.reduce_sum(inverse, axis=axes))
+        return DampedInverse(inverse, tf.constant(0, tf.int32), finite)
 
     @override
     def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
@@ -200,66 +198,35 @@ class DiagonalFactor(Factor):
         return f"diag {self.size}"
 
 
-class ScalarFactor(Factor):
-    """A multiple of the identity with the trace of the true factor."""
+class InversePair(NamedTuple):
+    """The damped inverses of a Kronecker product's factors.
 
-    @override
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.lead
+    Attributes:
+        left: Of the input side.
+        right: Of the output side.
+        retries: Raised dampings, int32 scalar.
+        succeeded: Bool, of every layer: both are good.
+    """
 
-    @override
-    def second_moment(self, vectors: Rows) -> tf.Tensor:
-        if isinstance(vectors, StructuredRows):
-            return tf.reduce_mean(vectors.squares(), axis=-1)
-        squares = tf.reduce_sum(tf.square(vectors), axis=[-3, -2, -1])
-        return squares / self.size
-
-    @override
-    def trace(self, average: tf.Tensor) -> tf.Tensor:
-        return self.size * average
-
-    @override
-    def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
-        return _reciprocal(average + damping)
-
-    @override
-    def apply_left(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.inverse.value[..., tf.newaxis, tf.newaxis] * matrix
-
-    @override
-    def apply_right(self, matrix: tf.Tensor) -> tf.Tensor:
-        return self.apply_left(matrix)
-
-    @override
-    def operator(self, average: tf.Tensor) -> tf.linalg.LinearOperator:
-        return tf.linalg.LinearOperatorScaledIdentity(self.size, average)
-
-    @override
-    def eigenvalues(self, values: tf.Tensor) -> tf.Tensor:
-        return tf.repeat(values[..., tf.newaxis], self.size, axis=-1)
-
-    @override
-    def describe(self) -> str:
-        return f"scalar {self.size}"
+    left: tf.Tensor
+    right: tf.Tensor
+    retries: tf.Tensor
+    succeeded: tf.Tensor
 
 
-def refresh_pair(
+def invert_pair(
     factors: tuple[Factor, Factor],
     averages: tuple[tf.Tensor, tf.Tensor],
     damping: tf.Tensor,
     ratio: tf.Tensor | None,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Recomputes the inverses `(A + π√λ I)⁻¹` and `(G + √λ/π I)⁻¹`.
+) -> InversePair:
+    """Returns the inverses `(A + π√λ I)⁻¹` and `(G + √λ/π I)⁻¹`.
 
     Args:
         factors: The input and the output side.
         averages: A and G.
-        damping: Scalar λ.
-        ratio: π; that of the trace norms where it is `None`.
-
-    Returns:
-        Raised dampings and failed pairs, int32 scalars.
+        damping: λ, a scalar or one per layer.
+        ratio: Scalar π; that of the trace norms where it is `None`.
     """
     left, right = factors
     first_average, second_average = averages
@@ -268,17 +235,39 @@ def refresh_pair(
             left.trace(first_average) / left.size,
             right.trace(second_average) / right.size,
         )
+    # One λ per layer, for all groups of it.
     root = tf.sqrt(tf.cast(damping, first_average.dtype))
+    root = expand_to(root, len(left.lead))
     first = left.invert(first_average, ratio * root)
     second = right.invert(second_average, root / ratio)
-    # Both factors or neither: one half of a stale pair fits no λ.
-    succeeded = first.succeeded & second.succeeded
-    left.store(first.inverse, succeeded)
-    right.store(second.inverse, succeeded)
-    return first.retries + second.retries, tf.cast(~succeeded, tf.int32)
+    return InversePair(
+        first.inverse,
+        second.inverse,
+        first.retries + second.retries,
+        # Both factors or neither: one half of a stale pair fits no λ.
+        first.succeeded & second.succeeded,
+    )
 
 
-def _reciprocal(values: tf.Tensor) -> DampedInverse:
-    inverse = tf.math.reciprocal(values)
-    finite = tf.math.is_finite(tf.reduce_sum(inverse))
-    return DampedInverse(inverse, tf.constant(0, tf.int32), finite)
+def refresh_pair(
+    factors: tuple[Factor, Factor],
+    averages: tuple[tf.Tensor, tf.Tensor],
+    damping: tf.Tensor,
+    ratio: tf.Tensor | None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Recomputes and keeps the inverses of `invert_pair`.
+
+    Args:
+        factors: See `invert_pair`.
+        averages: See `invert_pair`.
+        damping: See `invert_pair`.
+        ratio: See `invert_pair`.
+
+    Returns:
+        Raised dampings and layers that failed, int32 scalars.
+    """
+    result = invert_pair(factors, averages, damping, ratio)
+    left, right = factors
+    left.store(result.left, result.succeeded)
+    right.store(result.right, result.succeeded)
+    return result.retries, count_failures(result.succeeded)

@@ -8,8 +8,9 @@ import math
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.blocks.base import Block, Statistics
 from keras_natgrad.blocks.diagonal import DiagonalCurvature
+from keras_natgrad.blocks.shape import BlockShape
 from keras_natgrad.linalg import Rows
 
 
@@ -21,8 +22,7 @@ class GradientBlock(Block):
     `Σ_n (J_nᵀ u_n)(J_nᵀ u_n)ᵀ`, the Fisher, because the cross terms cancel:
     `E[vec g vec gᵀ] = F`.
 
-    Args:
-        shape: `BlockShape`, see `view`.
+    It is bound to the shape that `view` makes of the variable's.
     """
 
     @classmethod
@@ -31,19 +31,17 @@ class GradientBlock(Block):
         return BlockShape(math.prod(shape), 1)
 
     @override
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return ()
+    def input_statistics(self, inputs: Rows, weights: tf.Tensor) -> Statistics:
+        return {}
 
     @override
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    ) -> Statistics:
         raise TypeError(f"{type(self).__name__} takes gradient_statistics.")
 
     @abc.abstractmethod
-    def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def gradient_statistics(self, gradient: tf.Tensor) -> Statistics:
         """Returns the statistics of one `[rows, columns]` batch gradient."""
 
 
@@ -53,16 +51,13 @@ class GradientDiagonalBlock(GradientBlock, DiagonalCurvature):
     The square of a batch gradient with random signs averages to the diagonal.
     It is noisier than `DiagonalBlock`. The variable counts as a `[size, 1]`
     matrix.
-
-    Args:
-        shape: `BlockShape`.
     """
 
     kind = "gradient_diagonal"
 
     @override
-    def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return (tf.square(gradient),)
+    def gradient_statistics(self, gradient: tf.Tensor) -> Statistics:
+        return {"diagonal": tf.square(gradient)}
 
 
 class GradientScalarBlock(GradientDiagonalBlock):
@@ -70,9 +65,6 @@ class GradientScalarBlock(GradientDiagonalBlock):
 
     The variable moves along its plain gradient; only the length of the step
     knows the curvature.
-
-    Args:
-        shape: `BlockShape`.
     """
 
     kind = "first_order"
@@ -80,29 +72,21 @@ class GradientScalarBlock(GradientDiagonalBlock):
     @override
     @property
     def state_shape(self) -> tuple[int, ...]:
-        return ()
+        return self.axis
 
     @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return 2
-
-    @override
-    def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return (tf.reduce_mean(tf.square(gradient)),)
+    def gradient_statistics(self, gradient: tf.Tensor) -> Statistics:
+        return {"diagonal": tf.reduce_mean(tf.square(gradient))}
 
     @override
     def trace(self) -> tf.Tensor:
-        return self.shape.size * self.averages()[0]
+        return self.shape.size * self.average("diagonal")
 
 
 class PlainGradientBlock(GradientDiagonalBlock):
     """No curvature: the variable moves along its plain gradient, undamped.
 
     As the layers of `InputFactorBlock` would, had they white inputs.
-
-    Args:
-        shape: `BlockShape`.
     """
 
     kind = "plain"
@@ -113,17 +97,12 @@ class PlainGradientBlock(GradientDiagonalBlock):
         """There is none."""
 
     @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return 0
-
-    @override
-    def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return ()
+    def gradient_statistics(self, gradient: tf.Tensor) -> Statistics:
+        return {}
 
     @override
     def trace(self) -> tf.Tensor:
-        return tf.constant(self.shape.size, self.dtype)
+        return tf.fill(self.axis, tf.constant(self.shape.size, self.dtype))
 
     @override
     def refresh(

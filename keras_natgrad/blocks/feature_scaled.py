@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import keras
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.base import Statistics
+from keras_natgrad.blocks.factors import invert_pair
 from keras_natgrad.blocks.kronecker import KroneckerBlock
-from keras_natgrad.linalg import Rows, position_count, position_mean, to_dense
+from keras_natgrad.blocks.shape import BlockShape
+from keras_natgrad.blocks.state import count_failures, keep_good
+from keras_natgrad.linalg import (
+    Rows,
+    diagonal_of,
+    position_count,
+    position_mean,
+    to_dense,
+)
 
 # A feature that is active less often shows too little to know its unit by.
 _RARELY = 0.05
@@ -37,7 +45,6 @@ class FeatureScaledBlock(KroneckerBlock):
     Cost: that of `KroneckerBlock`, two more vectors as memory.
 
     Args:
-        shape: `BlockShape`, without groups.
         weight_sharing: `"expand"` or `"reduce"`.
         max_factor_size: Largest side of a dense factor.
 
@@ -47,118 +54,94 @@ class FeatureScaledBlock(KroneckerBlock):
 
     kind = "feature_scaled"
     treats_groups = False
-    options = ("weight_sharing", "max_factor_size")
+    leaves_special_layers = False
 
-    def __init__(
-        self,
-        shape: BlockShape,
-        weight_sharing: str = "expand",
-        max_factor_size: int = 4096,
-    ) -> None:
+    @override
+    def check_shape(self, shape: BlockShape) -> None:
         if shape.groups is not None or shape.one_hot:
             raise ValueError(
                 "The block 'feature_scaled' is for layers with one matrix and "
                 "numbers as inputs; use 'kronecker'. "
                 f"Received: shape={shape!r}"
             )
-        super().__init__(shape, weight_sharing, max_factor_size)
+        super().check_shape(shape)
 
     @override
     def build_state(self) -> None:
         super().build_state()
-        rows = (self.shape.rows,)
-        magnitude = self.add_average("magnitude", rows)
-        # Averages stand in the order of the statistics: those of the inputs
-        # before those of the cotangents.
-        self._averages = [
-            self._input.average,
-            magnitude,
-            self._output.average,
-        ]
-        self._metric: keras.Variable = self.add_cache("metric", rows)
+        rows = (*self.lead, self.shape.rows)
+        self.add_average("magnitude", rows)
+        self._metric = self.add_cache("metric", rows)
 
     @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return super().state_size(shape) + 2 * shape.rows
-
-    @override
-    @property
-    def memory(self) -> int:
-        return super().memory + 2 * self.shape.rows
-
-    @override
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        (moment,) = super().input_statistics(inputs, weights)
+    def input_statistics(self, inputs: Rows, weights: tf.Tensor) -> Statistics:
+        statistics = super().input_statistics(inputs, weights)
         if self.weight_sharing.value == "reduce":
             inputs = position_mean(inputs)
         weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
         shared = tf.cast(position_count(inputs), weights.dtype)
         magnitudes = tf.reduce_sum(tf.abs(to_dense(inputs)), axis=1)
-        return moment, tf.linalg.matvec(
+        magnitude = tf.linalg.matvec(
             magnitudes, weights / shared, transpose_a=True
         )
-
-    @override
-    def averages(self) -> tuple[tf.Tensor, ...]:
-        left, _, right = super().averages()
-        return left, right
+        return {**statistics, "magnitude": magnitude}
 
     @override
     def factors(self) -> tuple[tf.Tensor, tf.Tensor]:
-        left, right = self.averages()
-        root = tf.sqrt(self._scales())
-        if left.shape.rank == 1:
-            return left / tf.square(root), right
-        return left / root / root[:, tf.newaxis], right
+        left, right = super().factors()
+        return self._scaled(left, tf.math.rsqrt(self._scales())), right
+
+    def _scaled(self, matrix: tf.Tensor, root: tf.Tensor) -> tf.Tensor:
+        """Returns `diag(r) A diag(r)` of a matrix or of a diagonal one."""
+        if matrix.shape.rank == root.shape.rank:
+            return tf.square(root) * matrix
+        return matrix * root[..., tf.newaxis, :] * root[..., tf.newaxis]
 
     @override
     def factor_traces(self) -> tuple[tf.Tensor, tf.Tensor]:
         _, right = super().factor_traces()
-        return tf.reduce_sum(self._squares() / self._scales()), right
+        left = tf.reduce_sum(self._squares() / self._scales(), axis=-1)
+        return left, right
 
     @override
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        retries, failures = super().refresh(damping, ratio)
-        # The inverse and the metric that it was computed in stay together.
-        failed = failures > 0
+        result = invert_pair(
+            (self._input, self._output), self.factors(), damping, ratio
+        )
         scales = self._scales()
-        self._metric.assign(tf.where(failed, self._metric.value, scales))
-        # D^-½ on both sides, once here and not at every step.
-        root = tf.math.rsqrt(scales)
-        inverse = self._input.inverse.value
-        scaled = inverse * root
-        scaled *= root if inverse.shape.rank == 1 else root[:, tf.newaxis]
-        self._input.inverse.assign(tf.where(failed, inverse, scaled))
-        return retries, failures
+        # D^-½ on both sides, once here and not at every step. The inverse and
+        # the metric that it was computed in stay together.
+        left = self._scaled(result.left, tf.math.rsqrt(scales))
+        keep_good(self._metric, scales, result.succeeded)
+        self._input.store(left, result.succeeded)
+        self._output.store(result.right, result.succeeded)
+        return result.retries, count_failures(result.succeeded)
 
     @override
     def damping_rows(self) -> tf.Tensor | None:
-        return self._metric.value
+        return tf.convert_to_tensor(self._metric.value)
 
     @override
     def describe(self) -> str:
         return f"{super().describe()}, damped by feature"
 
     def _scales(self) -> tf.Tensor:
-        """Returns D, `[rows]`."""
+        """Returns D, `[(layers,) rows]`."""
         square = self._squares()
-        magnitude = self.debias(self._averages[1].value)
+        magnitude = self.average("magnitude")
         scales = tf.square(tf.math.divide_no_nan(square, magnitude))
         rare = tf.square(magnitude) < _RARELY * square
-        largest = tf.reduce_max(tf.where(rare, tf.zeros_like(scales), scales))
+        usual = tf.where(rare, tf.zeros_like(scales), scales)
+        largest = tf.reduce_max(usual, axis=-1, keepdims=True)
         known = (largest > 0) & ~rare & (scales > 0)
         relative = tf.math.divide_no_nan(scales, largest)
         ones = tf.ones_like(scales)
         return tf.where(known, tf.maximum(relative, _SMALLEST), ones)
 
     def _squares(self) -> tf.Tensor:
-        """Returns the features' second moments, `[rows]`."""
-        left = self._input.average.value
-        return self.debias(
-            left if left.shape.rank == 1 else tf.linalg.diag_part(left)
-        )
+        """Returns the features' second moments, `[(layers,) rows]`."""
+        left = tf.convert_to_tensor(self._input.average.value)
+        dense = left.shape.rank > 1 + len(self.lead)
+        return self.debias(diagonal_of(left) if dense else left)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.blocks.base import Block, Statistics
+from keras_natgrad.blocks.state import count_failures, keep_good
 from keras_natgrad.linalg import (
     Rows,
     block_diagonal,
     contract_rows,
     damped_inverse,
+    expand_to,
 )
 
 
@@ -21,70 +23,60 @@ class FullBlock(Block):
     memory; for layers of up to a few hundred parameters. A layer with groups
     has one such matrix per group.
 
-    Args:
-        shape: `BlockShape`.
     """
 
     kind = "full"
     treats_two_way = True
     treats_groups = True
+    stacks = True
 
     @override
     def build_state(self) -> None:
         side = self.shape.matrix_size
-        square = (*self.shape.lead, side, side)
+        square = (*self.lead, side, side)
         self.add_average("fisher", square)
         self._inverse = self.add_cache("inverse", square)
 
     @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return 2 * shape.size * shape.matrix_size
-
-    @override
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return ()
+    def input_statistics(self, inputs: Rows, weights: tf.Tensor) -> Statistics:
+        return {}
 
     @override
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    ) -> Statistics:
         gradients = tf.reshape(
             contract_rows(inputs, cotangents),
             [*self.shape.lead, -1, self.shape.matrix_size],
         )
-        return (tf.matmul(gradients, gradients, transpose_a=True),)
+        fisher = tf.matmul(gradients, gradients, transpose_a=True)
+        return {"fisher": fisher}
 
     @override
     def trace(self) -> tf.Tensor:
-        return self.debias(
-            tf.reduce_sum(tf.linalg.trace(self._averages[0].value))
-        )
+        traces = tf.linalg.trace(self._averages["fisher"].value)
+        return self.debias(self.layer_sums(traces))
 
     @override
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        result = damped_inverse(self.averages()[0], damping)
-        self._inverse.assign(
-            tf.where(result.succeeded, result.inverse, self._inverse.value)
-        )
-        return result.retries, tf.cast(~result.succeeded, tf.int32)
+        damping = expand_to(damping, len(self.lead))
+        units = len(self.axis)
+        result = damped_inverse(self.average("fisher"), damping, units)
+        keep_good(self._inverse, result.inverse, result.succeeded)
+        return result.retries, count_failures(result.succeeded)
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
         side = self.shape.matrix_size
-        flat = tf.reshape(gradient, [*self.shape.lead, side, 1])
-        return tf.reshape(
-            tf.matmul(self._inverse.value, flat), tf.shape(gradient)
-        )
+        flat = tf.reshape(gradient, [*self.lead, side, 1])
+        return tf.reshape(tf.matmul(self._inverse.value, flat), self.matrix)
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
         operator = tf.linalg.LinearOperatorFullMatrix(
-            self.averages()[0], is_self_adjoint=True
+            self.average("fisher"), is_self_adjoint=True
         )
         return block_diagonal(operator, self.shape.groups)
 
@@ -95,7 +87,7 @@ class FullBlock(Block):
 
     @override
     def spectra(self) -> dict[str, tf.Tensor]:
-        return {"fisher": tf.linalg.eigvalsh(self.averages()[0])}
+        return {"fisher": tf.linalg.eigvalsh(self.average("fisher"))}
 
     @override
     def inverse_spectra(self) -> dict[str, tf.Tensor] | None:

@@ -7,10 +7,11 @@ import math
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.base import Statistics
 from keras_natgrad.blocks.factors import make_factor, refresh_pair
 from keras_natgrad.blocks.fallback import GradientBlock
-from keras_natgrad.linalg import kronecker_operator
+from keras_natgrad.blocks.shape import BlockShape
+from keras_natgrad.linalg import expand_to, kronecker_operator
 
 
 class GradientKroneckerBlock(GradientBlock):
@@ -38,7 +39,6 @@ class GradientKroneckerBlock(GradientBlock):
     a refresh, `2 (r² + c²)` memory.
 
     Args:
-        shape: `BlockShape`.
         max_factor_size: Largest side of a dense factor.
 
     References:
@@ -48,10 +48,16 @@ class GradientKroneckerBlock(GradientBlock):
 
     kind = "gradient_kronecker"
 
-    def __init__(self, shape: BlockShape, max_factor_size: int = 4096) -> None:
-        super().__init__(shape)
-        self._left = make_factor((), shape.rows, max_factor_size)
-        self._right = make_factor((), shape.columns, max_factor_size)
+    stacks = True
+
+    def __init__(self, max_factor_size: int = 4096) -> None:
+        self.max_factor_size = max_factor_size
+
+    @override
+    def prepare(self) -> None:
+        rows, columns = self.shape.rows, self.shape.columns
+        self._left = make_factor(self, rows, self.max_factor_size)
+        self._right = make_factor(self, columns, self.max_factor_size)
 
     @override
     @classmethod
@@ -67,35 +73,25 @@ class GradientKroneckerBlock(GradientBlock):
             factor.inverse = self.add_cache(f"{name}_inverse", factor.shape)
 
     @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return 2 * (shape.rows**2 + shape.columns**2)
-
-    @override
-    @property
-    def memory(self) -> int:
-        return 2 * (self._left.elements + self._right.elements)
-
-    @override
-    def gradient_statistics(self, gradient: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def gradient_statistics(self, gradient: tf.Tensor) -> Statistics:
         transposed = tf.transpose(gradient)
-        return (
-            self._left.second_moment(transposed[tf.newaxis]),
-            self._right.second_moment(gradient[tf.newaxis]),
-        )
+        return {
+            "left_factor": self._left.second_moment(transposed[tf.newaxis]),
+            "right_factor": self._right.second_moment(gradient[tf.newaxis]),
+        }
 
     def _factors(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns `L / √tr L` and `R / √tr L`, whose product is the Fisher."""
-        left, right = self.averages()
+        left, right = self.averages().values()
         root = tf.sqrt(self._left.trace(left))
         return (
-            tf.math.divide_no_nan(left, root),
-            tf.math.divide_no_nan(right, root),
+            tf.math.divide_no_nan(left, expand_to(root, left.shape.rank)),
+            tf.math.divide_no_nan(right, expand_to(root, right.shape.rank)),
         )
 
     @override
     def trace(self) -> tf.Tensor:
-        return self._left.trace(self.averages()[0])
+        return self._left.trace(self.average("left_factor"))
 
     @override
     def refresh(

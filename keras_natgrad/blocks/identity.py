@@ -5,8 +5,8 @@ from __future__ import annotations
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape
-from keras_natgrad.linalg import Rows
+from keras_natgrad.blocks.base import Block, Statistics
+from keras_natgrad.linalg import Rows, expand_to
 
 
 class IdentityBlock(Block):
@@ -14,51 +14,45 @@ class IdentityBlock(Block):
 
     The preconditioned gradient is the gradient over λ. It costs nothing; the
     optimizers that treat the whole network at once use it for the shapes.
-
-    Args:
-        shape: `BlockShape`.
     """
 
     kind = "identity"
     uses_cotangents = False
     treats_two_way = True
     treats_groups = True
+    stacks = True
 
     @override
     def build_state(self) -> None:
-        self._damping = self.add_cache("damping", ())
+        self._damping = self.add_cache("damping", self.axis)
 
     @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return 1
-
-    @override
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return ()
+    def input_statistics(self, inputs: Rows, weights: tf.Tensor) -> Statistics:
+        return {}
 
     @override
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return ()
+    ) -> Statistics:
+        return {}
 
     @override
     def trace(self) -> tf.Tensor:
-        return tf.zeros([], self.dtype)
+        return tf.zeros(self.axis, self.dtype)
 
     @override
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        self._damping.assign(tf.cast(damping, self.dtype))
+        damping = tf.cast(damping, self.dtype)
+        self._damping.assign(tf.broadcast_to(damping, self.axis))
         return tf.constant(0, tf.int32), tf.constant(0, tf.int32)
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
-        return tf.math.divide_no_nan(gradient, self._damping.value)
+        damping = tf.convert_to_tensor(self._damping.value)
+        damping = expand_to(damping, len(self.matrix))
+        return tf.math.divide_no_nan(gradient, damping)
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:

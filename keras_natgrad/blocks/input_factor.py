@@ -5,9 +5,10 @@ from __future__ import annotations
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.blocks.base import Block, Statistics
 from keras_natgrad.blocks.factors import DiagonalFactor, make_factor
 from keras_natgrad.blocks.kronecker import WeightSharing
+from keras_natgrad.blocks.state import count_failures, keep_good
 from keras_natgrad.linalg import (
     Rows,
     append_row,
@@ -43,7 +44,6 @@ class InputFactorBlock(Block):
     precondition, `2 (n² + n)` memory.
 
     Args:
-        shape: `BlockShape`.
         weight_sharing: `"expand"` counts shared positions as examples,
             `"reduce"` takes their mean first.
         max_factor_size: Largest side of a dense factor.
@@ -57,27 +57,25 @@ class InputFactorBlock(Block):
 
     kind = "input_factor"
     uses_cotangents = False
-    options = (
-        "weight_sharing",
-        "max_factor_size",
-        "damp_bias",
-        "relative_damping",
-    )
+    stacks = True
+    leaves_special_layers = True
 
     def __init__(
         self,
-        shape: BlockShape,
         weight_sharing: str | WeightSharing = WeightSharing.EXPAND,
         max_factor_size: int = 4096,
         damp_bias: bool = True,
         relative_damping: bool = False,
     ) -> None:
-        super().__init__(shape)
         self.weight_sharing = WeightSharing(weight_sharing)
+        self.max_factor_size = max_factor_size
         self.damp_bias = damp_bias
         self.relative_damping = relative_damping
-        self._features = shape.rows - shape.biased
-        self._factor = make_factor((), self._features, max_factor_size, True)
+
+    @override
+    def prepare(self) -> None:
+        self._features = self.shape.rows - self.shape.biased
+        self._factor = make_factor(self, self._features, self.max_factor_size)
 
     # -- State -----------------------------------------------------------
 
@@ -91,28 +89,15 @@ class InputFactorBlock(Block):
         )
         if self.shape.biased:
             # E[ā]; the last entry is 1 unless the layer was left out.
-            self.add_average("input_mean", (self.shape.rows,))
+            rows = (*self.lead, self.shape.rows)
+            self.add_average("input_mean", rows)
             # (μ, 1/c) of the last refresh, with c the damped last entry.
-            self._centre = self.add_cache("centre", (self.shape.rows,))
-
-    @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        features = shape.rows - shape.biased
-        return 2 * features**2 + 2 * shape.rows * shape.biased
-
-    @override
-    @property
-    def memory(self) -> int:
-        means = 2 * self.shape.rows * self.shape.biased
-        return 2 * self._factor.elements + means
+            self._centre = self.add_cache("centre", rows)
 
     # -- Statistics ------------------------------------------------------
 
     @override
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def input_statistics(self, inputs: Rows, weights: tf.Tensor) -> Statistics:
         inputs = to_dense(inputs)
         weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
         if self.weight_sharing is WeightSharing.REDUCE:
@@ -122,14 +107,15 @@ class InputFactorBlock(Block):
         features = inputs[..., : self._features]
         moment = self._factor.second_moment(tf.sqrt(scale) * features)
         if not self.shape.biased:
-            return (moment,)
-        return moment, tf.reduce_sum(scale * inputs, axis=[0, 1])
+            return {"input_factor": moment}
+        mean = tf.reduce_sum(scale * inputs, axis=[0, 1])
+        return {"input_factor": moment, "input_mean": mean}
 
     @override
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return ()
+    ) -> Statistics:
+        return {}
 
     # -- Curvature -------------------------------------------------------
 
@@ -137,11 +123,11 @@ class InputFactorBlock(Block):
         self, moment: tf.Tensor, sums: tf.Tensor, corner: tf.Tensor
     ) -> tf.Tensor:
         """Returns the Schur complement of c in `[[moment, s], [sᵀ, c]]`."""
-        root = tf.math.divide_no_nan(sums, tf.sqrt(corner))
+        root = tf.math.divide_no_nan(sums, tf.sqrt(corner)[..., tf.newaxis])
         if isinstance(self._factor, DiagonalFactor):
             # Rounding may leave the variance of a constant below zero.
             return tf.nn.relu(moment - tf.square(root))
-        return moment - root[:, tf.newaxis] * root
+        return moment - _outer(root)
 
     def _scale_of(self, moment: tf.Tensor, covariance: tf.Tensor) -> tf.Tensor:
         """Returns tr Σ, or what stands for it where the inputs are constant.
@@ -157,48 +143,49 @@ class InputFactorBlock(Block):
 
     @override
     def trace(self) -> tf.Tensor:
-        moment, *mean = self.averages()
+        moment, mean = self._moments()
         total = self._factor.trace(moment)
-        if mean:
-            total += mean[0][-1]
+        if mean is not None:
+            total += mean[..., -1]
         return self.shape.columns * total
 
     @override
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        moment, *mean = self.averages()
+        moment, mean = self._moments()
         damping = tf.cast(damping, moment.dtype)
         covariance = moment
-        if mean:
-            sums, corner = mean[0][:-1], mean[0][-1]
+        if mean is not None:
+            sums, corner = mean[..., :-1], mean[..., -1]
             covariance = self._covariance(moment, sums, corner)
         if self.relative_damping:
             size = tf.constant(self._features, moment.dtype)
             damping *= self._scale_of(moment, covariance) / size
-        if mean and self.damp_bias:
+        if mean is not None and self.damp_bias:
             # A + λI has the last entry c + λ, and a mean smaller by as much.
             corner += damping
             covariance = self._covariance(moment, sums, corner)
         result = self._factor.invert(covariance, damping)
         self._factor.store(result.inverse, result.succeeded)
-        if mean:
-            inverse = tf.math.divide_no_nan(tf.ones_like(corner), corner)
-            centre = tf.concat([sums * inverse, inverse[tf.newaxis]], axis=0)
-            self._centre.assign(
-                tf.where(result.succeeded, centre, self._centre.value)
-            )
-        return result.retries, tf.cast(~result.succeeded, tf.int32)
+        if mean is not None:
+            inverse = tf.math.reciprocal_no_nan(corner)[..., tf.newaxis]
+            centre = tf.concat([sums * inverse, inverse], axis=-1)
+            keep_good(self._centre, centre, result.succeeded)
+        return result.retries, count_failures(result.succeeded)
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
         if not self.shape.biased:
             return self._factor.apply_left(gradient)
         # X = P (∇W − μ ∇bᵀ), and below it ∇b / c − Xᵀμ.
-        kernel, bias = gradient[:-1], gradient[-1:]
-        centre = self._centre.value[:-1, tf.newaxis]
+        sides = [self._features, 1]
+        kernel, bias = tf.split(gradient, sides, axis=-2)
+        centre, scale = tf.split(
+            self._centre.value[..., tf.newaxis], sides, axis=-2
+        )
         kernel = self._factor.apply_left(kernel - centre * bias)
-        bias = self._centre.value[-1] * bias
+        bias = scale * bias
         bias -= tf.matmul(centre, kernel, transpose_a=True)
         return append_row(kernel, bias)
 
@@ -233,29 +220,31 @@ class InputFactorBlock(Block):
         }
 
     def _input_moment(self) -> tf.Tensor:
-        """Returns A, `[rows, rows]`."""
-        moment, *mean = self.averages()
+        """Returns A of one layer, `[rows, rows]`."""
+        moment, mean = self._moments()
         if isinstance(self._factor, DiagonalFactor):
             moment = self._dense_moment(moment, mean)
-        if mean:
-            column = mean[0][:-1, tf.newaxis]
+        if mean is not None:
+            column = mean[:-1, tf.newaxis]
             moment = tf.concat(
-                [
-                    tf.concat([moment, column], axis=1),
-                    mean[0][tf.newaxis],
-                ],
+                [tf.concat([moment, column], axis=1), mean[tf.newaxis]],
                 axis=0,
             )
         return moment
 
+    def _moments(self) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Returns the second moment of h, and E[ā] where there is a bias."""
+        mean = self.average("input_mean") if self.shape.biased else None
+        return self.average("input_factor"), mean
+
     def _dense_moment(
-        self, moment: tf.Tensor, mean: list[tf.Tensor]
+        self, moment: tf.Tensor, mean: tf.Tensor | None
     ) -> tf.Tensor:
         """Returns `diag Σ + μμᵀ` from the diagonal of the second moment."""
-        if not mean:
+        if mean is None:
             return tf.linalg.diag(moment)
-        root = tf.math.divide_no_nan(mean[0][:-1], tf.sqrt(mean[0][-1]))
-        return tf.linalg.diag(moment - root**2) + root[:, tf.newaxis] * root
+        root = tf.math.divide_no_nan(mean[:-1], tf.sqrt(mean[-1]))
+        return tf.linalg.diag(moment - root**2) + _outer(root)
 
     @override
     def describe(self) -> str:
@@ -264,3 +253,8 @@ class InputFactorBlock(Block):
             f"{self._factor.describe()}{centred} ⊗ I, "
             f"{self.weight_sharing.value}"
         )
+
+
+def _outer(vectors: tf.Tensor) -> tf.Tensor:
+    """Returns `v vᵀ` of vectors `[..., n]`."""
+    return vectors[..., tf.newaxis] * vectors[..., tf.newaxis, :]

@@ -7,8 +7,9 @@ from enum import Enum
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape, FactorScales
+from keras_natgrad.blocks.base import Block, Statistics
 from keras_natgrad.blocks.factors import Factor, make_factor, refresh_pair
+from keras_natgrad.blocks.shape import FactorScales
 from keras_natgrad.linalg import (
     Rows,
     block_diagonal,
@@ -83,20 +84,16 @@ class KroneckerBlock(Block):
     the trace-norm π of `linalg.trace_norm_ratio`.
 
     A factor larger than `max_factor_size` is kept as its diagonal, so that
-    no layer can ask for a 25 000² inverse. With `sides` only the input or
-    only the output factor is used, the other one being a multiple of the
-    identity with the same trace (one-sided K-FAC). The input factor of one-hot
-    inputs is diagonal by itself. A layer with groups has a pair of factors for
-    each group.
+    no layer can ask for a 25 000² inverse. The input factor of one-hot inputs
+    is diagonal by itself. A layer with groups has a pair of factors for each
+    group.
 
     Cost per layer: `N S (n² + m²)` for the statistics, `n³ + m³` for a
     refresh, `n m (n + m)` to precondition, `2 (n² + m²)` memory.
 
     Args:
-        shape: `BlockShape`.
         weight_sharing: `"expand"` or `"reduce"`.
         max_factor_size: Largest side of a dense factor.
-        sides: `"both"`, `"input"` or `"output"`.
 
     References:
         - Martens & Grosse, 2015, arXiv:1503.05671.
@@ -105,28 +102,23 @@ class KroneckerBlock(Block):
 
     kind = "kronecker"
     treats_groups = True
-    options: tuple[str, ...] = ("weight_sharing", "max_factor_size", "sides")
+    stacks = True
+    leaves_special_layers = True
 
     def __init__(
         self,
-        shape: BlockShape,
         weight_sharing: str | WeightSharing = WeightSharing.EXPAND,
         max_factor_size: int = 4096,
-        sides: str = "both",
     ) -> None:
-        super().__init__(shape)
         self.weight_sharing = WeightSharing(weight_sharing)
-        if sides not in ("both", "input", "output"):
-            raise ValueError(
-                "`sides` must be 'both', 'input' or 'output'. "
-                f"Received: sides={sides!r}"
-            )
-        bound = 0 if shape.one_hot else max_factor_size
-        self._input = make_factor(
-            shape.lead, shape.rows, bound, sides != "output"
-        )
+        self.max_factor_size = max_factor_size
+
+    @override
+    def prepare(self) -> None:
+        bound = 0 if self.shape.one_hot else self.max_factor_size
+        self._input = make_factor(self, self.shape.rows, bound)
         self._output = make_factor(
-            shape.lead, shape.columns, max_factor_size, sides != "input"
+            self, self.shape.columns, self.max_factor_size
         )
 
     @override
@@ -137,37 +129,27 @@ class KroneckerBlock(Block):
             factor.inverse = self.add_cache(f"{name}_inverse", factor.shape)
 
     @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        squares = shape.rows**2 + shape.columns**2
-        return 2 * (shape.groups or 1) * squares
-
-    @override
-    @property
-    def memory(self) -> int:
-        return 2 * (self._input.elements + self._output.elements)
-
-    @override
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return (
-            input_moment(self._input, inputs, weights, self.weight_sharing),
-        )
+    def input_statistics(self, inputs: Rows, weights: tf.Tensor) -> Statistics:
+        moment = input_moment(self._input, inputs, weights, self.weight_sharing)
+        return {"input_factor": moment}
 
     @override
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return (output_moment(self._output, cotangents, self.weight_sharing),)
+    ) -> Statistics:
+        moment = output_moment(self._output, cotangents, self.weight_sharing)
+        return {"output_factor": moment}
 
     def factors(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns A and G in the units that the damping is added in."""
-        left, right = self.averages()
-        return left, right
+        return self._moments()
+
+    def _moments(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns A and G."""
+        return self.average("input_factor"), self.average("output_factor")
 
     def factor_traces(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the traces of `factors`, of each group."""
+        """Returns the traces of `factors`, of each layer and group."""
         left, right = self._input, self._output
         return (
             self.debias(left.trace(left.average.value)),
@@ -177,7 +159,7 @@ class KroneckerBlock(Block):
     @override
     def trace(self) -> tf.Tensor:
         left, right = self.factor_traces()
-        return tf.reduce_sum(left * right)
+        return self.layer_sums(left * right)
 
     @override
     def refresh(
@@ -191,9 +173,9 @@ class KroneckerBlock(Block):
     def factor_scales(self) -> FactorScales:
         left, right = self.factor_traces()
         return FactorScales(
-            tf.reduce_sum(left),
+            self.layer_sums(left),
             self._input.size * self._input.groups,
-            tf.reduce_sum(right),
+            self.layer_sums(right),
             self._output.size * self._output.groups,
         )
 
@@ -203,7 +185,7 @@ class KroneckerBlock(Block):
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
-        left, right = self.averages()
+        left, right = self._moments()
         product = kronecker_operator(
             self._input.operator(left), self._output.operator(right)
         )
@@ -216,7 +198,7 @@ class KroneckerBlock(Block):
 
     @override
     def spectra(self) -> dict[str, tf.Tensor]:
-        left, right = self.averages()
+        left, right = self._moments()
         return {
             "input": self._input.eigenvalues(left),
             "output": self._output.eigenvalues(right),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import abc
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape, identities
+from keras_natgrad.blocks.base import Block, Statistics
+from keras_natgrad.blocks.state import count_failures, identities
 from keras_natgrad.linalg import (
     Rows,
     contract_rows,
@@ -30,7 +30,6 @@ class MetricBlock(Block):
     stays; before the first there is none, and the gradient is not followed.
 
     Args:
-        shape: `BlockShape`.
         relative_damping: ρ.
         identity_start: Whether the running average starts at the identity,
             and keeps its share of it, rather than at the first batch.
@@ -39,12 +38,10 @@ class MetricBlock(Block):
 
     def __init__(
         self,
-        shape: BlockShape,
         relative_damping: float = 0.0,
         identity_start: bool = False,
         response: str = "",
     ) -> None:
-        super().__init__(shape)
         self.relative_damping = relative_damping
         self.identity_start = identity_start
         self.response = response
@@ -76,31 +73,25 @@ class MetricBlock(Block):
         self._inverse = self.add_cache("inverse", self.state_shape)
 
     @override
-    @property
-    def memory(self) -> int:
-        return 2 * int(np.prod(self.state_shape))
-
-    @override
-    def input_statistics(
-        self, inputs: Rows, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        return ()
+    def input_statistics(self, inputs: Rows, weights: tf.Tensor) -> Statistics:
+        return {}
 
     @override
     def cotangent_statistics(
         self, inputs: Rows, cotangents: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    ) -> Statistics:
         dense = to_dense(inputs)
 
-        def one_position() -> tuple[tf.Tensor, ...]:
+        def one_position() -> Statistics:
             moment = self.moment(cotangents[:, 0])
             return self.metrics_of(dense[:, 0], moment)
 
-        def several_positions() -> tuple[tf.Tensor, ...]:
+        def several_positions() -> Statistics:
             return self.metrics_of_gradients(contract_rows(dense, cotangents))
 
         single = tf.equal(tf.shape(dense)[1], 1)
-        return tuple(tf.cond(single, one_position, several_positions))
+        found: Statistics = tf.cond(single, one_position, several_positions)
+        return found
 
     @abc.abstractmethod
     def moment(self, cotangents: tf.Tensor) -> tf.Tensor:
@@ -117,22 +108,18 @@ class MetricBlock(Block):
         """
 
     @abc.abstractmethod
-    def metrics_of(
-        self, inputs: tf.Tensor, moment: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def metrics_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> Statistics:
         """Returns the statistics of inputs `[batch, rows]` and moments."""
 
     @abc.abstractmethod
-    def metrics_of_gradients(
-        self, gradients: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def metrics_of_gradients(self, gradients: tf.Tensor) -> Statistics:
         """Returns the statistics of `[batch, rows, columns]` gradients."""
 
     @override
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        (metric,) = self.averages()
+        metric = self.average("metric")
         relative = scalar(self.relative_damping, metric.dtype)
         dampings = tf.cast(damping, metric.dtype) + relative * tf.linalg.trace(
             metric
@@ -145,8 +132,7 @@ class MetricBlock(Block):
                 self._inverse.value,
             )
         )
-        failures = tf.reduce_sum(tf.cast(~result.succeeded, tf.int32))
-        return result.retries, failures
+        return result.retries, count_failures(result.succeeded)
 
     @override
     @property

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from keras_natgrad.blocks.base import Block, BlockShape
+import keras
+
+from keras_natgrad.blocks.base import Block
 from keras_natgrad.blocks.diagonal import DiagonalBlock
 from keras_natgrad.blocks.eigen import EigenBlock
 from keras_natgrad.blocks.feature_scaled import FeatureScaledBlock
@@ -12,6 +14,7 @@ from keras_natgrad.blocks.full import FullBlock
 from keras_natgrad.blocks.identity import IdentityBlock
 from keras_natgrad.blocks.input_factor import InputFactorBlock
 from keras_natgrad.blocks.kronecker import KroneckerBlock
+from keras_natgrad.blocks.shape import BlockShape
 from keras_natgrad.blocks.tied import TiedBlock
 from keras_natgrad.blocks.unitwise import CoupledBlock, UnitwiseBlock
 
@@ -30,6 +33,10 @@ _BLOCKS: dict[str, type[Block]] = {
     "unitwise": UnitwiseBlock,
     "coupled": CoupledBlock,
 }
+
+# An instance as `block=` is saved in the optimizer's config.
+for _class in {*_BLOCKS.values()}:
+    keras.saving.register_keras_serializable("keras_natgrad")(_class)
 
 
 def register_block(name: str) -> Any:
@@ -77,7 +84,7 @@ def register_block(name: str) -> Any:
 
 def check_kind(kind: str) -> str:
     """Returns `kind` if it is a registered name, else raises ValueError."""
-    if kind not in _BLOCKS:
+    if not isinstance(kind, str) or kind not in _BLOCKS:
         raise ValueError(
             f"Unknown block. Expected one of {sorted(_BLOCKS)}. "
             f"Received: {kind!r}"
@@ -85,18 +92,25 @@ def check_kind(kind: str) -> str:
     return kind
 
 
+def prototype(kind: str, **options: Any) -> Block:
+    """Returns the unbound block of a name.
+
+    Args:
+        kind: A registered name.
+        **options: Keyword arguments; those that the block's constructor does
+            not take are dropped.
+    """
+    block_class = _BLOCKS[check_kind(kind)]
+    names = block_class.option_names()
+    return block_class(**{k: v for k, v in options.items() if k in names})
+
+
 def create(kind: str, shape: BlockShape, **options: Any) -> Block:
-    """Creates a block by name.
+    """Returns the unbuilt block of one layer, by name.
 
     Args:
         kind: A registered name.
         shape: `BlockShape`.
-        **options: Keyword arguments; those that the block does not name in
-            its `options` are dropped.
-
-    Returns:
-        An unbuilt `Block`.
+        **options: See `prototype`.
     """
-    block_class = _BLOCKS[check_kind(kind)]
-    taken = {k: v for k, v in options.items() if k in block_class.options}
-    return block_class(shape, **taken)
+    return prototype(kind, **options).bind(shape)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import keras
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import Block, BlockShape
+from keras_natgrad.blocks.base import Block, Statistics
 from keras_natgrad.blocks.factors import DiagonalFactor, Factor, make_factor
 from keras_natgrad.blocks.kronecker import (
     WeightSharing,
     input_moment,
     output_moment,
 )
+from keras_natgrad.blocks.shape import BlockShape
+from keras_natgrad.blocks.state import count_failures
 from keras_natgrad.linalg import (
     OperatorSum,
     kronecker_operator,
@@ -71,7 +72,6 @@ class TiedBlock(Block):
     `4 n + 3 m² + 2 m`.
 
     Args:
-        shape: `BlockShape` of a matrix that is used both ways.
         weight_sharing: `"expand"` or `"reduce"`.
         max_factor_size: Largest side of a dense factor.
 
@@ -85,38 +85,44 @@ class TiedBlock(Block):
 
     kind = "tied"
     treats_two_way = True
-    options = ("weight_sharing", "max_factor_size")
 
     def __init__(
         self,
-        shape: BlockShape,
         weight_sharing: str | WeightSharing = WeightSharing.EXPAND,
         max_factor_size: int = 4096,
     ) -> None:
+        self.weight_sharing = WeightSharing(weight_sharing)
+        self.max_factor_size = max_factor_size
+
+    @override
+    def check_shape(self, shape: BlockShape) -> None:
         if not shape.two_way:
             raise ValueError(
                 "The block 'tied' is for a matrix that is used as its "
                 f"transpose too; use 'kronecker'. Received: shape={shape!r}"
             )
-        super().__init__(shape)
-        self.weight_sharing = WeightSharing(weight_sharing)
-        bound = min(max_factor_size, MAX_DENSE_ROWS)
-        self._counts: Factor = DiagonalFactor((), shape.rows)
-        self._logits = make_factor((), shape.rows, bound)
+        super().check_shape(shape)
+
+    @override
+    def prepare(self) -> None:
+        rows, columns = self.shape.rows, self.shape.columns
+        bound = min(self.max_factor_size, MAX_DENSE_ROWS)
+        self._counts: Factor = DiagonalFactor(self, rows)
+        self._logits = make_factor(self, rows, bound)
         # Of both G and H.
-        self._column = make_factor((), shape.columns, max_factor_size)
+        self._column = make_factor(self, columns, self.max_factor_size)
 
     @override
     def build_state(self) -> None:
         column = self._column.shape
-        # In the order of the statistics: c, H, G, S.
+        # c, H, G, S.
         self.add_average("direct_input_factor", self._counts.shape)
         self.add_average("transposed_input_factor", column)
         self.add_average("direct_output_factor", column)
         self.add_average("transposed_output_factor", self._logits.shape)
         # P with a₁ and a₂, Q with b₁ and b₂; no basis where it is I.
-        self._bases: list[keras.Variable | None] = []
-        self._weights: list[keras.Variable] = []
+        self._bases: list[Any] = []
+        self._weights: list[Any] = []
         for name, side in (("row", self._logits), ("column", self._column)):
             basis = None
             if not isinstance(side, DiagonalFactor):
@@ -124,25 +130,6 @@ class TiedBlock(Block):
             self._bases.append(basis)
             weights = self.add_cache(f"{name}_weights", (2, side.size))
             self._weights.append(weights)
-
-    @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        rows, columns = shape.rows, shape.columns
-        size = 3 * rows + 3 * columns**2 + 2 * columns
-        return size + (2 * rows**2 if rows <= MAX_DENSE_ROWS else rows)
-
-    @override
-    @property
-    def memory(self) -> int:
-        rows, columns = self._logits, self._column
-        bases = sum(
-            side.elements
-            for side in (rows, columns)
-            if not isinstance(side, DiagonalFactor)
-        )
-        averages = rows.size + rows.elements + 2 * columns.elements
-        return averages + bases + 2 * (rows.size + columns.size)
 
     @override
     @property
@@ -154,32 +141,36 @@ class TiedBlock(Block):
     # -- Statistics ------------------------------------------------------
 
     @override
-    def input_statistics(
-        self, inputs: Any, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def input_statistics(self, inputs: Any, weights: tf.Tensor) -> Statistics:
         """Returns c and H; the inputs are `linalg.TwoWayRows`."""
         sharing = self.weight_sharing
-        return (
-            input_moment(self._counts, inputs.direct, weights, sharing),
-            input_moment(self._column, inputs.transposed, weights, sharing),
-        )
+        return {
+            "direct_input_factor": input_moment(
+                self._counts, inputs.direct, weights, sharing
+            ),
+            "transposed_input_factor": input_moment(
+                self._column, inputs.transposed, weights, sharing
+            ),
+        }
 
     @override
-    def cotangent_statistics(
-        self, inputs: Any, cotangents: Any
-    ) -> tuple[tf.Tensor, ...]:
+    def cotangent_statistics(self, inputs: Any, cotangents: Any) -> Statistics:
         """Returns G and S, of `linalg.TwoWayCotangents`."""
         sharing = self.weight_sharing
-        return (
-            output_moment(self._column, cotangents.direct, sharing),
-            output_moment(self._logits, cotangents.transposed, sharing),
-        )
+        return {
+            "direct_output_factor": output_moment(
+                self._column, cotangents.direct, sharing
+            ),
+            "transposed_output_factor": output_moment(
+                self._logits, cotangents.transposed, sharing
+            ),
+        }
 
     # -- Curvature -------------------------------------------------------
 
     def _traces(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the traces of the two products."""
-        c, hidden, gradients, logits = self.averages()
+        c, hidden, gradients, logits = self.averages().values()
         return (
             self._counts.trace(c) * self._column.trace(gradients),
             self._logits.trace(logits) * self._column.trace(hidden),
@@ -194,7 +185,7 @@ class TiedBlock(Block):
     def refresh(
         self, damping: tf.Tensor, ratio: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        c, hidden, gradients, logits = self.averages()
+        c, hidden, gradients, logits = self.averages().values()
         direct, transposed = self._traces()
         total = direct + transposed
         share = tf.where(total > 0, tf.math.divide_no_nan(direct, total), 0.5)
@@ -211,10 +202,10 @@ class TiedBlock(Block):
         kept = [value for value in new if value is not None]
         sums = [tf.reduce_sum(value) for value in (inverse, *kept)]
         succeeded = tf.reduce_all(tf.math.is_finite(sums))
-        for variable, value in zip(self._caches, kept, strict=True):
+        for variable, value in zip(self._caches.values(), kept, strict=True):
             variable.assign(tf.where(succeeded, value, variable.value))
         retries = rows.retries + columns.retries
-        return retries, tf.cast(~succeeded, tf.int32)
+        return retries, count_failures(succeeded)
 
     def _eigenvalues(self) -> tf.Tensor:
         """Returns `a₁ b₁ᵀ + a₂ b₂ᵀ`, zero before the first refresh."""
@@ -237,7 +228,7 @@ class TiedBlock(Block):
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
-        c, hidden, gradients, logits = self.averages()
+        c, hidden, gradients, logits = self.averages().values()
         column = self._column.operator
         return OperatorSum(
             [
@@ -266,7 +257,7 @@ class TiedBlock(Block):
     def spectra(self) -> dict[str, tf.Tensor]:
         if self._crosses_rows:
             return super().spectra()
-        c, hidden, gradients, logits = self.averages()
+        c, hidden, gradients, logits = self.averages().values()
 
         def one(weights: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
             block = weights[0] * gradients + weights[1] * hidden

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad.blocks.base import BlockShape
+from keras_natgrad.blocks.base import Statistics
 from keras_natgrad.blocks.metric import MetricBlock, UnitMetricBlock
+from keras_natgrad.blocks.shape import BlockShape
 from keras_natgrad.linalg import kronecker_operator, transposed
 
 
@@ -25,96 +23,101 @@ class UnitwiseBlock(UnitMetricBlock):
     precondition, `2 G n²` memory, with G metrics.
 
     Args:
-        shape: `BlockShape`.
         metric_count: Most metrics to keep, each shared by a group of units;
             by default one per unit.
-        **kwargs: See `MetricBlock`.
+        relative_damping: See `MetricBlock`.
+        identity_start: See `MetricBlock`.
+        response: See `MetricBlock`.
     """
 
     kind = "unitwise"
 
     def __init__(
-        self, shape: BlockShape, metric_count: int | None = None, **kwargs: Any
+        self,
+        metric_count: int | None = None,
+        relative_damping: float = 0.0,
+        identity_start: bool = False,
+        response: str = "",
     ) -> None:
-        super().__init__(shape, **kwargs)
-        most = shape.columns if metric_count is None else metric_count
-        if not 1 <= most <= shape.columns:
+        super().__init__(relative_damping, identity_start, response)
+        self.metric_count = metric_count
+
+    @override
+    def check_shape(self, shape: BlockShape) -> None:
+        super().check_shape(shape)
+        most = self.metric_count
+        if most is not None and not 1 <= most <= shape.columns:
             raise ValueError(
                 "`metric_count` must lie between 1 and the number of units, "
-                f"{shape.columns}. Received: metric_count={metric_count!r}"
+                f"{shape.columns}. Received: metric_count={most!r}"
             )
+
+    @override
+    def prepare(self) -> None:
+        columns = self.shape.columns
         #: Units per group; the last one may have fewer.
-        self.group_size = -(-shape.columns // most)
+        self.group_size = -(-columns // (self.metric_count or columns))
         #: Number of groups of units that share a metric.
-        self.metric_count = -(-shape.columns // self.group_size)
+        self.groups = -(-columns // self.group_size)
 
     @override
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        return (self.metric_count, self.shape.rows, self.shape.rows)
+        return (self.groups, self.shape.rows, self.shape.rows)
 
-    @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return 2 * shape.columns * shape.rows**2
-
-    @functools.cached_property
+    @property
     def _shares(self) -> np.ndarray:
         """`[columns, groups]`: takes the mean over the units of each group."""
         group = np.arange(self.shape.columns) // self.group_size
-        members = np.eye(self.metric_count)[group]
+        members = np.eye(self.groups)[group]
         return members / members.sum(axis=0)
 
     @override
-    def metrics_of(
-        self, inputs: tf.Tensor, moment: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        if self.metric_count < self.shape.columns:
+    def metrics_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> Statistics:
+        if self.groups < self.shape.columns:
             shares = tf.constant(self._shares, moment.dtype)
             moment = tf.matmul(moment, shares)
         # All groups in one product: [G n, N] times [N, n].
         rows = self.shape.rows
         scaled = moment[:, :, tf.newaxis] * inputs[:, tf.newaxis]
-        scaled = tf.reshape(scaled, [-1, self.metric_count * rows])
+        scaled = tf.reshape(scaled, [-1, self.groups * rows])
         product = tf.matmul(scaled, inputs, transpose_a=True)
-        return (tf.reshape(product, self.state_shape),)
+        return {"metric": tf.reshape(product, self.state_shape)}
 
     @override
-    def metrics_of_gradients(
-        self, gradients: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def metrics_of_gradients(self, gradients: tf.Tensor) -> Statistics:
         by_unit = tf.transpose(gradients, [2, 0, 1])
         metrics = tf.matmul(by_unit, by_unit, transpose_a=True)
-        if self.metric_count == self.shape.columns:
-            return (metrics,)
+        if self.groups == self.shape.columns:
+            return {"metric": metrics}
         shares = tf.constant(self._shares, gradients.dtype)
-        return (tf.einsum("jab,jk->kab", metrics, shares),)
+        return {"metric": tf.einsum("jab,jk->kab", metrics, shares)}
 
     @override
     def trace(self) -> tf.Tensor:
-        (metric,) = self.averages()
+        metric = self.average("metric")
         return tf.reduce_sum(tf.linalg.trace(metric) * self._sizes)
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
         inverse = self._inverse.value
-        if self.metric_count == 1:
+        if self.groups == 1:
             return tf.matmul(inverse[0], gradient)
         rows, columns = self.shape.rows, self.shape.columns
-        missing = self.metric_count * self.group_size - columns
+        missing = self.groups * self.group_size - columns
         units = transposed(gradient)
         if missing:
             units = tf.pad(units, [[0, missing], [0, 0]])
-        units = tf.reshape(units, [self.metric_count, self.group_size, rows])
+        units = tf.reshape(units, [self.groups, self.group_size, rows])
         # The inverses are symmetric: (P g)ᵀ = gᵀ P.
         solved = tf.reshape(tf.matmul(units, inverse), [-1, rows])
         return transposed(solved[:columns] if missing else solved)
 
     @override
     def operator(self) -> tf.linalg.LinearOperator:
-        (metric,) = self.averages()
+        metric = self.average("metric")
         rows, columns = self.shape.rows, self.shape.columns
-        if self.metric_count == 1:
+        if self.groups == 1:
             return kronecker_operator(
                 tf.linalg.LinearOperatorFullMatrix(
                     metric[0], is_self_adjoint=True
@@ -138,7 +141,7 @@ class UnitwiseBlock(UnitMetricBlock):
 
     @override
     def spectra(self) -> dict[str, tf.Tensor]:
-        return {"units": self._by_unit(self.averages()[0])}
+        return {"units": self._by_unit(self.average("metric"))}
 
     @override
     def inverse_spectra(self) -> dict[str, tf.Tensor] | None:
@@ -152,9 +155,9 @@ class UnitwiseBlock(UnitMetricBlock):
     @override
     def describe_state(self) -> str:
         size = f"{self.shape.rows}²"
-        if self.metric_count == self.shape.columns:
+        if self.groups == self.shape.columns:
             return f"{size} per unit"
-        if self.metric_count == 1:
+        if self.groups == 1:
             return f"{size} for all units"
         return f"{size} per group of {self.group_size} units"
 
@@ -173,8 +176,9 @@ class CoupledBlock(MetricBlock):
     refresh, `2 (n m)²` memory.
 
     Args:
-        shape: `BlockShape`.
-        **kwargs: See `MetricBlock`.
+        relative_damping: See `MetricBlock`.
+        identity_start: See `MetricBlock`.
+        response: See `MetricBlock`.
     """
 
     kind = "coupled"
@@ -185,11 +189,6 @@ class CoupledBlock(MetricBlock):
         return (1, self.shape.size, self.shape.size)
 
     @override
-    @classmethod
-    def state_size(cls, shape: BlockShape) -> int:
-        return 2 * shape.size**2
-
-    @override
     def moment(self, cotangents: tf.Tensor) -> tf.Tensor:
         return cotangents[:, :, tf.newaxis] * cotangents[:, tf.newaxis]
 
@@ -198,9 +197,7 @@ class CoupledBlock(MetricBlock):
         return information
 
     @override
-    def metrics_of(
-        self, inputs: tf.Tensor, moment: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def metrics_of(self, inputs: tf.Tensor, moment: tf.Tensor) -> Statistics:
         n, m = self.shape.rows, self.shape.columns
         moment = tf.reshape(moment, [-1, m * m])
         if n <= m * m:  # The smaller one of two intermediate results.
@@ -215,18 +212,17 @@ class CoupledBlock(MetricBlock):
             product = tf.matmul(scaled, inputs, transpose_a=True)
             blocks = tf.reshape(product, [m, m, n, n])
             ordered = tf.transpose(blocks, [2, 0, 3, 1])
-        return (tf.reshape(ordered, self.state_shape),)
+        return {"metric": tf.reshape(ordered, self.state_shape)}
 
     @override
-    def metrics_of_gradients(
-        self, gradients: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def metrics_of_gradients(self, gradients: tf.Tensor) -> Statistics:
         flat = tf.reshape(gradients, [-1, self.shape.size])
-        return (tf.matmul(flat, flat, transpose_a=True)[tf.newaxis],)
+        metric = tf.matmul(flat, flat, transpose_a=True)
+        return {"metric": metric[tf.newaxis]}
 
     @override
     def trace(self) -> tf.Tensor:
-        return self.debias(tf.linalg.trace(self._averages[0].value[0]))
+        return self.debias(tf.linalg.trace(self._averages["metric"].value[0]))
 
     @override
     def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
@@ -237,12 +233,12 @@ class CoupledBlock(MetricBlock):
     @override
     def operator(self) -> tf.linalg.LinearOperator:
         return tf.linalg.LinearOperatorFullMatrix(
-            self.averages()[0][0], is_self_adjoint=True
+            self.average("metric")[0], is_self_adjoint=True
         )
 
     @override
     def spectra(self) -> dict[str, tf.Tensor]:
-        return {"fisher": tf.linalg.eigvalsh(self.averages()[0][0])}
+        return {"fisher": tf.linalg.eigvalsh(self.average("metric")[0])}
 
     @override
     def inverse_spectra(self) -> dict[str, tf.Tensor] | None:

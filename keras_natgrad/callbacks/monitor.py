@@ -21,7 +21,6 @@ from keras_natgrad.callbacks.spectra import (
 )
 from keras_natgrad.callbacks.tensorboard import SummaryWriter
 from keras_natgrad.checks import check_integer, check_period
-from keras_natgrad.step import LevenbergMarquardt
 
 # The optimizer's statistics that are logged, and their names in the logs.
 # `learning_rate` is taken: callbacks of Keras log the attribute by that name.
@@ -212,7 +211,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         record = {"step": float(optimizer.iterations.numpy())}
         for name, logged in _LOGGED.items():
             record[logged] = statistics[name]
-        if not isinstance(optimizer.damping, LevenbergMarquardt):
+        if not optimizer.damping.adapts:
             del record["reduction_ratio"]
         record["update_norm"] = self._update_norm()
         if self.spectra:

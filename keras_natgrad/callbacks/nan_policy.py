@@ -41,7 +41,7 @@ class RaiseDamping(keras.callbacks.Callback):
 
     Args:
         factor: Factor by which the damping is raised, above one. Defaults to
-        `10.0`.
+            `10.0`.
         keep_every: Steps between copies. Defaults to `100`.
         patience: How often in a row it goes back to the same copy before
             training stops. Defaults to `3`.
@@ -95,7 +95,7 @@ class RaiseDamping(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Checks the optimizer."""
         optimizer = compiled_optimizer(self.model, "RaiseDamping")
-        if optimizer.damping == 0.0:
+        if optimizer.damping.is_zero:
             raise ValueError(
                 "`RaiseDamping` multiplies the damping, which must not be "
                 f"zero. Received: damping=0.0 of {optimizer!r}"

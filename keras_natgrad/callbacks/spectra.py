@@ -32,7 +32,7 @@ def block_names(optimizer: Any) -> list[tuple[str, Block]]:
             else entry.layer.path,
             entry.block,
         )
-        for entry in curvature.entries
+        for entry in curvature.in_plan_order
     ]
 
 

@@ -64,29 +64,49 @@ class ParameterLayout:
 
     def to_matrix(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
         """Returns the matrix `[(groups,) rows, columns]` of the variables."""
+        return self._to_matrix(tensors, ())
+
+    def to_matrices(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Returns the matrices of several layers, which are the first axis."""
+        return self._to_matrix(tensors, (int(tensors[0].shape[0]),))
+
+    def _to_matrix(
+        self, tensors: Sequence[tf.Tensor], layers: tuple[int, ...]
+    ) -> tf.Tensor:
         kernel = tensors[0]
         if self.view is not None:
-            kernel = tf.reshape(kernel, self.view)
+            kernel = tf.reshape(kernel, [*layers, *self.view])
         kernel = _permute(kernel, self.permutation)
-        matrix = tf.reshape(kernel, [*self.lead, self.inputs, self.outputs])
+        shape = (*layers, *self.lead, self.inputs, self.outputs)
+        matrix = _reshape(kernel, shape)
         if self.bias_shape is None:
             return matrix
-        bias = tf.reshape(tensors[1], [*self.lead, 1, self.outputs])
+        bias = tf.reshape(tensors[1], [*layers, *self.lead, 1, self.outputs])
         return append_row(matrix, bias)
 
     def from_matrix(self, matrix: tf.Tensor) -> list[tf.Tensor]:
         """Returns (kernel[, bias]) from a matrix of `to_matrix`."""
+        return self._from_matrix(matrix, ())
+
+    def from_matrices(self, matrices: tf.Tensor) -> list[tf.Tensor]:
+        """Returns the kernels [and biases] of several layers, first axis."""
+        return self._from_matrix(matrices, (int(matrices.shape[0]),))
+
+    def _from_matrix(
+        self, matrix: tf.Tensor, layers: tuple[int, ...]
+    ) -> list[tf.Tensor]:
         view = self.kernel_shape if self.view is None else self.view
         permuted = [view[axis] for axis in self.permutation]
         inverse = sorted(
             range(len(permuted)), key=lambda axis: self.permutation[axis]
         )
-        kernel = tf.reshape(matrix[..., : self.inputs, :], permuted)
-        kernel = tf.reshape(_permute(kernel, inverse), self.kernel_shape)
-        tensors = [kernel]
+        kernel, bias = matrix, None
         if self.bias_shape is not None:
-            bias = matrix[..., self.inputs, :]
-            tensors.append(tf.reshape(bias, self.bias_shape))
+            kernel, bias = tf.split(matrix, [self.inputs, 1], axis=-2)
+        kernel = _permute(_reshape(kernel, (*layers, *permuted)), inverse)
+        tensors = [_reshape(kernel, (*layers, *self.kernel_shape))]
+        if bias is not None and self.bias_shape is not None:
+            tensors.append(tf.reshape(bias, [*layers, *self.bias_shape]))
         return tensors
 
     def get_config(self) -> dict[str, Any]:
@@ -117,10 +137,19 @@ class ParameterLayout:
 
 
 def _permute(tensor: tf.Tensor, permutation: Sequence[int]) -> tf.Tensor:
-    """Transposes, unless that would only make a copy."""
+    """Transposes the last axes, unless that would only make a copy."""
     if list(permutation) == sorted(permutation):
         return tensor
-    return tf.transpose(tensor, permutation)
+    first = tensor.shape.rank - len(permutation)
+    axes = [*range(first), *(first + axis for axis in permutation)]
+    return tf.transpose(tensor, axes)
+
+
+def _reshape(tensor: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """Reshapes, unless there is nothing to do."""
+    if tensor.shape == tuple(shape):
+        return tensor
+    return tf.reshape(tensor, shape)
 
 
 def size_of(shape: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture.half_precision import refine_gradients
+from keras_natgrad.capture.receiver import CurvatureReceiver
 from keras_natgrad.capture.replaced_call import replace_call, restore_call
 from keras_natgrad.capture.taps import Taps
 
@@ -53,7 +54,7 @@ class CurvatureTape:
     def __init__(
         self, optimizer: Any, objective: Callable[[], Any] | None = None
     ) -> None:
-        if not hasattr(optimizer, "receive_curvature"):
+        if not isinstance(optimizer, CurvatureReceiver):
             raise ValueError(
                 "`CurvatureTape` takes an optimizer of keras_natgrad, e.g. "
                 f"keras_natgrad.KFAC(). Received: optimizer={optimizer!r}"

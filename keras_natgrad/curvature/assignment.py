@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import keras
 import tensorflow as tf
 
 from keras_natgrad.blocks import (
     Block,
     BlockShape,
+    EigenBlock,
     GradientBlock,
     GradientDiagonalBlock,
     GradientKroneckerBlock,
     GradientScalarBlock,
+    KroneckerBlock,
     PlainGradientBlock,
     check_kind,
-    create,
+    prototype,
 )
 from keras_natgrad.capture import LayerPlan, Plan
 from keras_natgrad.capture.selectors import (
@@ -34,14 +37,8 @@ _FALLBACKS: dict[str, type[GradientBlock]] = {
 }
 _SHARING = ("expand", "reduce")
 _AUTO = "auto"
-# The two names of each block that is made of one Kronecker product. For all
-# layers, they leave those with a block of their own with it.
-_KRONECKER = ("kronecker", "kfac", "eigen", "ekfac")
-# The two names of the block of the inputs alone, which has one matrix. For all
-# layers, it leaves those with groups and those used both ways with their own.
-_INPUT_FACTOR = ("input_factor", "foof")
-# One name for all layers, or one per pattern.
-Choices: TypeAlias = str | Mapping[Any, str]
+# One choice for all layers, or one per pattern.
+Choices: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -49,17 +46,17 @@ class BlockOptions:
     """Which block each layer gets.
 
     Attributes:
-        block: Block name for captured layers, or a dictionary of patterns
-            (see `capture.selectors`) and names. The first pattern that matches
+        block: Block of captured layers, a name or an unbound `Block` with
+            options of its own, or a dictionary of patterns (see
+            `capture.selectors`) and blocks. The first pattern that matches
             counts; layers without one get the default, `"auto"`:
             `"feature_scaled"` for dense layers that read the model's inputs,
-            `"kronecker"` for the rest. With both of these and with
-            `"ekfac"`, layers that a Kronecker product does not suit get their
-            own block. With `"input_factor"` for all layers, those with
-            groups keep their default, as do tied embeddings.
-        weight_sharing: `"expand"` or `"reduce"`, for Kronecker factors, or a
-            dictionary likewise.
-        max_factor_size: Largest side of a dense Kronecker factor.
+            `"kronecker"` for the rest. One choice for all layers leaves those
+            that it does not suit their own block, where it says so
+            (`Block.leaves_special_layers`).
+        weight_sharing: `"expand"` or `"reduce"`, for Kronecker factors of
+            blocks chosen by name, or a dictionary likewise.
+        max_factor_size: Largest side of a dense Kronecker factor, likewise.
         fallback: Block of the rest: `"kronecker"`, `"diagonal"`,
             `"first_order"`, `"plain"` (undamped), or `"auto"`: Kronecker for
             matrices and kernels, diagonal for vectors and scalars.
@@ -81,15 +78,18 @@ class BlockOptions:
     def __post_init__(self) -> None:
         for argument in ("block", "weight_sharing"):
             choices = getattr(self, argument)
-            if isinstance(choices, Mapping):
+            if isinstance(choices, Mapping) and not _is_config(choices):
                 named = {
                     pattern_name(pattern, argument): value
                     for pattern, value in choices.items()
                 }
                 object.__setattr__(self, argument, named)
-        for kind in _values(self.block):
-            if kind != _AUTO:
-                check_kind(kind)
+        block = self.block
+        if isinstance(block, Mapping) and not _is_config(block):
+            block = {key: _block(value) for key, value in block.items()}
+        else:
+            block = _block(block)
+        object.__setattr__(self, "block", block)
         for sharing in _values(self.weight_sharing):
             if sharing not in _SHARING:
                 raise ValueError(
@@ -112,29 +112,49 @@ class BlockOptions:
                 f"Received: max_factor_size={self.max_factor_size!r}"
             )
 
-    def block_of(self, layer: LayerPlan) -> str:
-        """Returns a layer's block: chosen, its own, or the default."""
-        kind = self._kind_of(layer)
-        # One Kronecker product does not hold both uses of a matrix.
-        if layer.layout.two_way and kind in _KRONECKER:
-            return "tied"
-        return kind
-
-    def _kind_of(self, layer: LayerPlan) -> str:
-        chosen = self.block
+    def block_of(self, layer: LayerPlan) -> Block:
+        """Returns a layer's block, unbound: chosen, its own, or the default."""
+        chosen, for_all = self.block, True
         if isinstance(chosen, Mapping):
             chosen = first_match(chosen, layer.label) or _AUTO
-            if chosen != _AUTO:
-                return chosen
-        if chosen in (_AUTO, *_KRONECKER) and layer.block:
-            return layer.block
-        layout = layer.layout
-        if chosen in _INPUT_FACTOR and (layout.groups or layout.two_way):
-            return layer.block or "kronecker"
+            for_all = chosen == _AUTO
         if chosen == _AUTO:
-            scaled = layer.reads_inputs and not layer.layout.two_way
-            return "feature_scaled" if scaled else "kronecker"
-        return chosen
+            layout = layer.layout
+            scaled = layer.reads_inputs and not layout.two_way
+            chosen = "feature_scaled" if scaled else "kronecker"
+            if layer.block:
+                chosen = layer.block
+        block = self._named(chosen, layer)
+        if (
+            for_all
+            and block.leaves_special_layers
+            and _is_special(layer, block)
+        ):
+            block = self._named(layer.block or "kronecker", layer)
+        # One Kronecker product does not hold both uses of a matrix.
+        if layer.layout.two_way and isinstance(
+            block, (KroneckerBlock, EigenBlock)
+        ):
+            return self._named("tied", layer)
+        return block
+
+    def _named(self, choice: Any, layer: LayerPlan) -> Block:
+        """Returns a block as it is, or that of a name with these options."""
+        if isinstance(choice, Block):
+            return choice
+        return prototype(
+            choice,
+            weight_sharing=self.sharing_of(layer),
+            max_factor_size=self.max_factor_size,
+            damp_bias=self.damp_bias,
+            relative_damping=self.relative_damping,
+        )
+
+    def block_config(self) -> Any:
+        """Returns `block` as plain data for an optimizer's config."""
+        if isinstance(self.block, Mapping):
+            return {key: _plain(value) for key, value in self.block.items()}
+        return _plain(self.block)
 
     def sharing_of(self, layer: LayerPlan) -> str:
         """Returns a layer's weight sharing: chosen, or the default."""
@@ -151,8 +171,38 @@ class BlockOptions:
                 check_patterns(choices, labels, argument)
 
 
-def _values(choices: Choices) -> list[str]:
+def _values(choices: Choices) -> list[Any]:
     return list(choices.values()) if isinstance(choices, Mapping) else [choices]
+
+
+def _is_config(value: Any) -> bool:
+    """Returns whether a dictionary is the config of one block."""
+    return isinstance(value, Mapping) and {"class_name", "config"} <= set(value)
+
+
+def _block(choice: Any) -> Any:
+    """Returns a name or a block, from its config too."""
+    if isinstance(choice, Block):
+        return choice
+    if _is_config(choice):
+        return _block(keras.saving.deserialize_keras_object(choice))
+    return choice if choice == _AUTO else check_kind(choice)
+
+
+def _plain(choice: Any) -> Any:
+    if isinstance(choice, Block):
+        return keras.saving.serialize_keras_object(choice)
+    return choice
+
+
+def _is_special(layer: LayerPlan, block: Block) -> bool:
+    """Returns whether a layer has a block of its own, or the block no way."""
+    layout = layer.layout
+    return bool(
+        layer.block
+        or (layout.groups and not block.treats_groups)
+        or (layout.two_way and not block.treats_two_way)
+    )
 
 
 @dataclass(frozen=True)
@@ -164,12 +214,15 @@ class Entry:
         variables: Positions of its variables in the optimizer's list.
         layer: The captured layer, or `None` for a single fallback variable.
         shape: Shape of the fallback variable.
+        position: Of the layer in the plan, or of the variable among those
+            that fall back.
     """
 
     block: Block
     variables: tuple[int, ...]
     layer: LayerPlan | None = None
     shape: tuple[int, ...] = ()
+    position: int = 0
 
     def to_matrix(self, tensors: Sequence[Any]) -> tf.Tensor:
         """Gathers this entry's part of one tensor per variable."""
@@ -194,26 +247,21 @@ def make_entries(
     """Returns the captured layers' entries, then those of the fallbacks."""
     options.check(plan)
     entries = []
-    for layer in plan.layers:
-        block = create(
-            options.block_of(layer),
-            BlockShape(
-                layer.layout.rows,
-                layer.layout.columns,
-                groups=layer.layout.groups,
-                one_hot=layer.layout.one_hot,
-                two_way=layer.layout.two_way,
-                biased=layer.layout.bias_shape is not None,
-            ),
-            weight_sharing=options.sharing_of(layer),
-            max_factor_size=options.max_factor_size,
-            damp_bias=options.damp_bias,
-            relative_damping=options.relative_damping,
+    for position, layer in enumerate(plan.layers):
+        shape = BlockShape(
+            layer.layout.rows,
+            layer.layout.columns,
+            groups=layer.layout.groups,
+            one_hot=layer.layout.one_hot,
+            two_way=layer.layout.two_way,
+            biased=layer.layout.bias_shape is not None,
         )
-        entries.append(Entry(block, layer.variables, layer))
-    for index in plan.fallback:
-        shape = tuple(shapes[index])
-        entries.append(Entry(_fallback(shape, options), (index,), None, shape))
+        block = options.block_of(layer).bind(shape)
+        entries.append(Entry(block, layer.variables, layer, position=position))
+    for position, index in enumerate(plan.fallback):
+        own = tuple(shapes[index])
+        block = _fallback(own, options)
+        entries.append(Entry(block, (index,), None, own, position))
     return entries
 
 
@@ -222,7 +270,8 @@ def _fallback(shape: tuple[int, ...], options: BlockOptions) -> Block:
     if len(shape) < 2 and kind in ("auto", "kronecker"):
         kind = "diagonal"
     block_class = _FALLBACKS["kronecker" if kind == "auto" else kind]
-    matrix = block_class.view(shape)
-    if block_class is GradientKroneckerBlock:
-        return GradientKroneckerBlock(matrix, options.max_factor_size)
-    return block_class(matrix)
+    if issubclass(block_class, GradientKroneckerBlock):
+        block: Block = block_class(options.max_factor_size)
+    else:
+        block = block_class()
+    return block.bind(block_class.view(shape))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
+from keras_natgrad import replicas
 from keras_natgrad.capture import MapTrace
 from keras_natgrad.capture.eligibility import check_arrivals, check_called
 from keras_natgrad.curvature.assignment import Entry
-from keras_natgrad.curvature.cotangents import OutputTerm, example_weights
+from keras_natgrad.curvature.cotangents import (
+    OutputTerm,
+    example_weights,
+    random_cotangents,
+)
 from keras_natgrad.heads.tensors import as_parameters
 
 
@@ -39,7 +44,7 @@ class CapturedPass:
     Args:
         tape: Persistent tape of the forward pass.
         terms: The network's outputs.
-        records: One `MapTrace` per captured entry.
+        records: One `MapTrace` per captured layer, in the order of the plan.
         entries: All entries, captured ones first.
         variables: All variables, as `tf.Variable`s.
         share: This replica's share of the examples' weights, `None` where
@@ -62,21 +67,79 @@ class CapturedPass:
         self.tape = tape
         self.share = share
         self.terms = list(terms)
-        self.records = list(records)
         self.captured = [entry for entry in entries if entry.layer is not None]
+        #: Those of `captured`, in the same order.
+        self.records = [records[entry.position] for entry in self.captured]
         self.fallbacks = [entry for entry in entries if entry.layer is None]
         self.variables = list(variables)
         #: Number of examples.
         self.batch = tf.shape(self.terms[0].outputs)[0]
-        self.inputs = [
-            record.canonical_inputs(entry.block.dtype, self.batch)
-            for entry, record in zip(self.captured, self.records, strict=True)
-        ]
-        self.weights = example_weights(terms)
+        self._inputs: tuple[Any, list[Any]] | None = None
+        self._traced_kind = ""
+        self._sender: Callable[[tf.Tensor], Backward] | None = None
         self._is_checked = False
         check_called(
             self.tape, self._outputs(), self.records, self._variables()
         )
+
+    @property
+    def inputs(self) -> list[Any]:
+        """Canonical inputs, one per captured entry.
+
+        They are made in the graph that asks for them, so that they cost
+        nothing on steps that do not.
+        """
+        graph = None
+        if not tf.executing_eagerly():
+            graph = tf.compat.v1.get_default_graph()
+        if self._inputs is None or self._inputs[0] is not graph:
+            made = [
+                record.canonical_inputs(entry.block.dtype, self.batch)
+                for entry, record in zip(
+                    self.captured, self.records, strict=True
+                )
+            ]
+            self._inputs = graph, made
+        return self._inputs[1]
+
+    @property
+    def weights(self) -> tf.Tensor:
+        """Relative weights of the examples, `[batch]`."""
+        return example_weights(self.terms)
+
+    def trace_backward(self, kind: str) -> None:
+        """Traces the backward pass of random cotangents, here and once.
+
+        What several branches of the graph below this one send back then takes
+        one call each. Eagerly, and on several replicas, there is nothing to
+        trace.
+
+        Args:
+            kind: One of `FISHER_KINDS`, not `"exact"`.
+        """
+
+        def send(seed: tf.Tensor) -> tuple[Any, Any, Any]:
+            found = self.backward(random_cotangents(self.terms, kind, seed))
+            return found.cotangents, found.gradients, found.sizes
+
+        if tf.executing_eagerly() or replicas.replica_count() > 1:
+            return
+        self._traced_kind = kind
+        traced = tf.function(send, autograph=False).get_concrete_function(
+            tf.TensorSpec([2], tf.int32)
+        )
+        self._sender = lambda seed: Backward(*traced(seed))
+
+    def random_backward(self, kind: str, seed: tf.Tensor) -> Backward:
+        """Sends random cotangents back, see `random_cotangents`.
+
+        Args:
+            kind: One of `FISHER_KINDS`, not `"exact"`.
+            seed: int32 `[2]`.
+        """
+        if self._sender is None or self._traced_kind != kind:
+            return self.backward(random_cotangents(self.terms, kind, seed))
+        return self._sender(seed)
 
     def backward(self, cotangents: Sequence[tf.Tensor]) -> Backward:
         """Sends one cotangent per output back through the network."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,3 +172,46 @@ def column_cotangents(
 def _signs(shape: tf.Tensor, seed: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     """Returns independent ±1, in the dtype that heads compute in."""
     return random_signs(shape, seed, as_parameters(outputs).dtype)
+
+
+def sum_over_columns(
+    terms: Sequence[OutputTerm],
+    contribution: Callable[[list[tf.Tensor]], Any],
+    seed: tf.Tensor,
+) -> Any:
+    """Sums a function of the cotangents over all columns of L of all terms.
+
+    Args:
+        terms: Outputs.
+        contribution: Takes one cotangent per output.
+        seed: int32 `[2]`.
+    """
+    total: Any = None
+    for index, term in enumerate(terms):
+
+        def one(column: tf.Tensor, index: int = index) -> Any:
+            folded = tf.random.fold_in(seed, column, alg="philox")
+            return contribution(column_cotangents(terms, index, column, folded))
+
+        summed = sum_over(one, term.column_count())
+        total = summed if total is None else _add(total, summed)
+    return total
+
+
+def _add(left: Any, right: Any) -> Any:
+    return tf.nest.map_structure(tf.add, left, right)
+
+
+def sum_over(function: Callable[[tf.Tensor], Any], count: tf.Tensor) -> Any:
+    """Returns `function(0) + … + function(count − 1)`, in a loop.
+
+    Args:
+        function: Takes an int32 scalar, returns tensors.
+        count: int32 scalar, at least one.
+    """
+    _, total = tf.while_loop(
+        lambda index, _: index < count,
+        lambda index, sums: (index + 1, _add(sums, function(index))),
+        (tf.constant(1, tf.int32), function(tf.constant(0, tf.int32))),
+    )
+    return total

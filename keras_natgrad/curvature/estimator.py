@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from keras_natgrad.blocks import GradientBlock
-from keras_natgrad.blocks.base import VariableFactory
+from keras_natgrad.blocks.base import Statistics, VariableFactory
+from keras_natgrad.blocks.shape import FactorScales
 from keras_natgrad.capture import Plan
 from keras_natgrad.curvature.assignment import BlockOptions, Entry, make_entries
 from keras_natgrad.curvature.captured_pass import Backward, CapturedPass
-from keras_natgrad.curvature.cotangents import (
-    OutputTerm,
-    column_cotangents,
-    random_cotangents,
-)
-from keras_natgrad.linalg import trace_norm_ratio
+from keras_natgrad.curvature.cotangents import sum_over_columns
+from keras_natgrad.curvature.stacks import Stack, make_stacks, share_out
+from keras_natgrad.linalg import scalar, trace_norm_ratio
 
 # Share of the damping that goes to the input factors, see `_global_ratio`.
 _GLOBAL_RATIO = 0.2
-
-Statistics = list[tuple[tf.Tensor, ...]]
 
 
 class BlockDiagonal:
@@ -31,13 +27,18 @@ class BlockDiagonal:
     Everything it does to tensors can be traced and compiled. Its state is
     created from the plan and the variables' shapes alone.
 
-    Directions are lists of `[rows, columns]` matrices, one per entry; see
-    `to_matrices` and `from_matrices`.
+    Layers whose block class, shape and options are equal share one block, see
+    `Stack`. Directions are lists of tensors `[layers, (groups,) rows,
+    columns]`, one per stack; see `to_matrices` and `from_matrices`. Whatever
+    is one number per layer is in the order of `entries`: stack by stack, those
+    of captured layers first.
 
     Args:
         plan: `Plan` of the network.
         shapes: Shapes of the optimizer's variables.
         options: `BlockOptions`.
+        stacked: Whether layers share blocks. Without, every block is that of
+            a single layer, with all its methods.
     """
 
     def __init__(
@@ -45,9 +46,13 @@ class BlockDiagonal:
         plan: Plan,
         shapes: Sequence[tuple[int, ...]],
         options: BlockOptions,
+        stacked: bool = True,
     ) -> None:
         self.plan = plan
-        self.entries = self.make_entries(shapes, options)
+        self.stacks: list[Stack] = make_stacks(
+            self.make_entries(shapes, options), stacked
+        )
+        self.entries = [e for stack in self.stacks for e in stack.entries]
         self._variable_count = len(shapes)
         self._split_globally = options.damping_split == "global"
 
@@ -59,8 +64,13 @@ class BlockDiagonal:
 
     @property
     def captured(self) -> list[Entry]:
-        """Entries of captured layers, in the order of the plan."""
+        """Entries of captured layers."""
         return [entry for entry in self.entries if entry.layer is not None]
+
+    @property
+    def in_plan_order(self) -> list[Entry]:
+        """Entries in the order of the plan, captured ones first."""
+        return sorted(self.entries, key=lambda e: (e.layer is None, e.position))
 
     @property
     def size(self) -> int:
@@ -80,12 +90,8 @@ class BlockDiagonal:
             add_variable: `VariableFactory`.
             add_sum: The same for running averages, see `Block.build`.
         """
-        for entry in self.entries:
-            name = names[entry.variables[0]]
-            entry.block.build(
-                _prefixed(add_variable, name),
-                _prefixed(add_sum or add_variable, name),
-            )
+        for stack in self.stacks:
+            stack.build(names, add_variable, add_sum or add_variable)
 
     # -- Statistics ------------------------------------------------------
 
@@ -94,39 +100,48 @@ class BlockDiagonal:
         captured: CapturedPass,
         kind: str,
         seed: tf.Tensor,
-    ) -> Statistics:
-        """Returns the statistics of one batch, one tuple per entry.
+    ) -> list[Statistics]:
+        """Returns the statistics of one batch, those of every stack.
 
         Args:
             captured: The forward pass.
             kind: One of `FISHER_KINDS`.
             seed: int32 `[2]`.
         """
-        first: Statistics = [
-            entry.block.input_statistics(a, tf.cast(captured.weights, a.dtype))
-            for entry, a in zip(self.captured, captured.inputs, strict=True)
-        ]
+        first = self.stacked(
+            [
+                entry.block.input_statistics(
+                    a, tf.cast(captured.weights, a.dtype)
+                )
+                for entry, a in zip(self.captured, captured.inputs, strict=True)
+            ]
+            + [{} for _ in captured.fallbacks]
+        )
         if captured.share is not None:
             # Every replica's mean counts by its weight.
+            share = captured.share
             first = [
-                tuple(tf.cast(captured.share, s.dtype) * s for s in each)
+                {name: tf.cast(share, s.dtype) * s for name, s in each.items()}
                 for each in first
             ]
-        first += [()] * (len(self.entries) - len(first))
-        if not any(entry.block.uses_cotangents for entry in self.entries):
+        if not self.uses_cotangents:
             return first
+
+        def second(cotangents: list[tf.Tensor]) -> list[Statistics]:
+            backward = captured.backward(cotangents)
+            return self._cotangent_statistics(captured, backward)
+
         if kind == "exact":
-            second = self._sum_over_columns(captured, seed)
+            found = sum_over_columns(captured.terms, second, seed)
         else:
-            backward = captured.backward(
-                random_cotangents(captured.terms, kind, seed)
+            found = self._cotangent_statistics(
+                captured, captured.random_backward(kind, seed)
             )
-            second = self._cotangent_statistics(captured, backward)
-        return [a + g for a, g in zip(first, second, strict=True)]
+        return [{**a, **g} for a, g in zip(first, found, strict=True)]
 
     def _cotangent_statistics(
         self, captured: CapturedPass, backward: Backward
-    ) -> Statistics:
+    ) -> list[Statistics]:
         statistics = [
             entry.block.cotangent_statistics(a, g)
             for entry, a, g in zip(
@@ -142,35 +157,49 @@ class BlockDiagonal:
             block = entry.block
             assert isinstance(block, GradientBlock)
             statistics.append(block.gradient_statistics(gradient))
-        return statistics
+        return self.stacked(statistics)
 
-    def _sum_over_columns(
-        self, captured: CapturedPass, seed: tf.Tensor
-    ) -> Statistics:
-        """Sums the cotangent statistics over all columns of L."""
-        return sum_over_columns(
-            captured.terms,
-            lambda cotangents: self._cotangent_statistics(
-                captured, captured.backward(cotangents)
-            ),
-            seed,
-        )
+    def stacked(self, found: Sequence[Statistics]) -> list[Statistics]:
+        """Returns the statistics of stacks from those of layers."""
+        rest = iter(found)
+        return [
+            stack.stack_statistics([next(rest) for _ in stack.entries])
+            for stack in self.stacks
+        ]
 
     def accumulate(
         self,
-        statistics: Statistics,
+        statistics: Sequence[Statistics],
         decay: float | tf.Tensor,
         keep_finite: bool = False,
     ) -> None:
         """Folds a batch's statistics into the running averages.
 
         Args:
-            statistics: One tuple per entry.
+            statistics: Those of every stack.
             decay: Decay of the averages.
             keep_finite: See `Block.accumulate`.
         """
-        for entry, new in zip(self.entries, statistics, strict=True):
-            entry.block.accumulate(new, decay, keep_finite)
+        for stack, new in zip(self.stacks, statistics, strict=True):
+            if isinstance(decay, float):
+                decay = scalar(decay, stack.block.dtype)
+            stack.block.accumulate(new, decay, keep_finite)
+
+    @property
+    def uses_cotangents(self) -> bool:
+        """Whether any block has statistics of cotangents."""
+        return any(stack.block.uses_cotangents for stack in self.stacks)
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether `observe_gradients` is to be called at every step."""
+        return any(stack.block.uses_gradients for stack in self.stacks)
+
+    def observe_gradients(self, matrices: Sequence[tf.Tensor]) -> None:
+        """Shows the gradient of a step to the blocks that ask for it."""
+        for stack, matrix in zip(self.stacks, matrices, strict=True):
+            if stack.block.uses_gradients:
+                stack.observe_gradient(matrix)
 
     def update_bases(self) -> bool:
         """Finds the bases that statistics are taken in.
@@ -179,7 +208,7 @@ class BlockDiagonal:
             Whether there are any, so that the statistics of a single batch
             have to be taken once more.
         """
-        return any([entry.block.update_basis() for entry in self.entries])
+        return any([stack.block.update_basis() for stack in self.stacks])
 
     # -- Curvature -------------------------------------------------------
 
@@ -193,11 +222,8 @@ class BlockDiagonal:
         does not reach have no say.
         """
         sizes = [entry.block.shape.size for entry in self.entries]
-        means = [
-            entry.block.trace() / size
-            for entry, size in zip(self.entries, sizes, strict=True)
-        ]
-        return _harmonic_mean(means, sizes, [mean > 0 for mean in means])
+        traces = tf.concat([stack.trace() for stack in self.stacks], axis=0)
+        return _harmonic_mean(traces, sizes, traces > 0)
 
     def refresh(
         self,
@@ -211,11 +237,11 @@ class BlockDiagonal:
             damping: Scalar λ.
             ridge: Per variable, the curvature of its L2 regularizer. That of
                 the kernel counts for the block.
-            devices: Devices that share out the blocks; where there are none,
+            devices: Devices that share out the layers; where there are none,
                 all is done where it is called.
 
         Returns:
-            Raised dampings and failed factorisations, int32 scalars.
+            Raised dampings and failed layers, int32 scalars.
         """
         return self.refresh_blocks(
             *self.refresh_arguments(damping, ridge), devices
@@ -224,17 +250,14 @@ class BlockDiagonal:
     def refresh_arguments(
         self, damping: tf.Tensor, ridge: Sequence[float]
     ) -> tuple[list[tf.Tensor], tf.Tensor | None]:
-        """Returns the damping of every entry, and π where all share one.
+        """Returns the damping of every stack, and π where all share one.
 
         Args:
             damping: See `refresh`.
             ridge: See `refresh`.
         """
         ratio = self._global_ratio() if self._split_globally else None
-        dampings = [
-            damping + ridge[entry.variables[0]] for entry in self.entries
-        ]
-        return dampings, ratio
+        return [stack.damping(damping, ridge) for stack in self.stacks], ratio
 
     def refresh_blocks(
         self,
@@ -242,31 +265,26 @@ class BlockDiagonal:
         ratio: tf.Tensor | None,
         devices: Sequence[str],
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Recomputes every cached inverse, each with its own damping.
+        """Recomputes every cached inverse, each stack with its own damping.
 
         Args:
-            dampings: Scalar λ of every entry.
+            dampings: λ of every stack, scalars or one per layer.
             ratio: See `Block.refresh`.
             devices: See `refresh`.
 
         Returns:
-            Raised dampings and failed factorisations, int32 scalars.
+            Raised dampings and failed layers, int32 scalars.
         """
-        retries = tf.constant(0, tf.int32)
-        failures = tf.constant(0, tf.int32)
-        places = share_out(
-            [e.block.refresh_cost for e in self.entries], devices
-        )
-        for entry, damping, device in zip(
-            self.entries, dampings, places, strict=True
-        ):
-            with tf.device(device):
-                more_retries, more_failures = entry.block.refresh(
-                    damping, ratio
-                )
-            retries += more_retries
-            failures += more_failures
-        return retries, failures
+        costs = [entry.block.refresh_cost for entry in self.entries]
+        places = iter(share_out(costs, devices))
+        counts = [
+            stack.refresh_parts(
+                damping, ratio, [next(places) for _ in stack.entries]
+            )
+            for stack, damping in zip(self.stacks, dampings, strict=True)
+        ]
+        retries, failures = zip(*counts, strict=True)
+        return tf.add_n(retries), tf.add_n(failures)
 
     def _global_ratio(self) -> tf.Tensor | None:
         """Returns one π for all Kronecker products of the network.
@@ -277,132 +295,86 @@ class BlockDiagonal:
         layer is damped alike; with a common one, layers whose cotangents are
         small are damped more. The constant k was measured.
         """
-        scales = [entry.block.factor_scales() for entry in self.entries]
-        found = [scale for scale in scales if scale is not None]
+        found: list[tuple[Stack, FactorScales]] = []
+        for stack in self.stacks:
+            scales = stack.block.factor_scales()
+            if scales is not None:
+                found.append((stack, scales))
         if not found:
             return None
+
+        def joined(name: str) -> tuple[tf.Tensor, list[int]]:
+            traces, sizes = [], []
+            for stack, scales in found:
+                traces.append(stack.per_layer(getattr(scales, f"{name}_trace")))
+                sizes += [getattr(scales, f"{name}_size")] * stack.count
+            return tf.concat(traces, axis=0), sizes
+
+        inputs, outputs = joined("input"), joined("output")
         # Layers that the loss does not reach have no say.
-        reached = [scale.output_trace > 0 for scale in found]
-
-        def mean(traces: list[tf.Tensor], sizes: list[int]) -> tf.Tensor:
-            means = [t / n for t, n in zip(traces, sizes, strict=True)]
-            return _harmonic_mean(means, sizes, reached)
-
+        reached = outputs[0] > 0
         return _GLOBAL_RATIO * trace_norm_ratio(
-            mean([s.input_trace for s in found], [s.input_size for s in found]),
-            mean(
-                [s.output_trace for s in found], [s.output_size for s in found]
-            ),
+            _harmonic_mean(*inputs, reached), _harmonic_mean(*outputs, reached)
         )
 
     def precondition(self, matrices: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Returns `(F + λ I)⁻¹` times a direction."""
         return [
-            entry.block.precondition(matrix)
-            for entry, matrix in zip(self.entries, matrices, strict=True)
+            stack.precondition(matrix)
+            for stack, matrix in zip(self.stacks, matrices, strict=True)
         ]
 
     def damping_rows(self) -> list[tf.Tensor | None]:
-        """Returns the metric of the damping of every entry."""
-        return [entry.block.damping_rows() for entry in self.entries]
+        """Returns the metric of the damping of every stack.
+
+        Tensors `[layers, rows]`, `None` for the identity.
+        """
+        found = []
+        for stack in self.stacks:
+            rows = stack.block.damping_rows()
+            found.append(None if rows is None else stack.per_layer(rows))
+        return found
+
+    # -- Directions ------------------------------------------------------
 
     def to_matrices(self, tensors: Sequence[Any]) -> list[tf.Tensor]:
-        """Returns one matrix per entry from one tensor per variable."""
-        return [entry.to_matrix(tensors) for entry in self.entries]
+        """Returns a direction from one tensor per variable."""
+        return [stack.to_matrices(tensors) for stack in self.stacks]
 
     def from_matrices(self, matrices: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns one tensor per variable from one matrix per entry."""
+        """Returns one tensor per variable from a direction."""
         tensors: list[Any] = [None] * self._variable_count
-        for entry, matrix in zip(self.entries, matrices, strict=True):
-            parts = entry.from_matrix(matrix)
-            for index, part in zip(entry.variables, parts, strict=True):
-                tensors[index] = part
+        for stack, matrix in zip(self.stacks, matrices, strict=True):
+            for position, tensor in stack.from_matrices(matrix).items():
+                tensors[position] = tensor
         return tensors
 
+    def join(self, layers: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns a direction from one matrix per entry."""
+        rest = iter(layers)
+        return [
+            tf.stack([next(rest) for _ in stack.entries])
+            for stack in self.stacks
+        ]
 
-def share_out(costs: Sequence[int], devices: Sequence[str]) -> list[Any]:
-    """Returns a device for every piece of work, the largest pieces first.
-
-    Args:
-        costs: The cost of each piece.
-        devices: The devices, if any; each piece goes to the one with the
-            least work so far.
-
-    Returns:
-        One device per piece, `None` where there are no devices.
-    """
-    places: list[Any] = [None] * len(costs)
-    load = dict.fromkeys(devices, 0)
-    if load:
-        for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            device = min(load, key=lambda name: load[name])
-            places[piece] = device
-            load[device] += costs[piece]
-    return places
+    def split(self, matrices: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns one matrix per entry from a direction."""
+        return [layer for stack in matrices for layer in tf.unstack(stack)]
 
 
 def _harmonic_mean(
-    means: Sequence[tf.Tensor],
-    sizes: Sequence[int],
-    used: Sequence[tf.Tensor],
+    traces: tf.Tensor, sizes: Sequence[int], used: tf.Tensor
 ) -> tf.Tensor:
-    """Returns `Σ n / Σ (n / mean)` over the entries that are used."""
-    counts = [
-        tf.where(use, tf.constant(size, mean.dtype), 0)
-        for use, size, mean in zip(used, sizes, means, strict=True)
-    ]
-    inverse = [
-        tf.math.divide_no_nan(count, mean)
-        for count, mean in zip(counts, means, strict=True)
-    ]
-    return tf.math.divide_no_nan(tf.add_n(counts), tf.add_n(inverse))
+    """Returns the harmonic mean of mean eigenvalues over all that is used.
 
-
-def _prefixed(add_variable: VariableFactory, prefix: str) -> VariableFactory:
-    def add(name: str, shape: tuple[int, ...], initializer: str) -> Any:
-        return add_variable(f"{prefix}_{name}", shape, initializer)
-
-    return add
-
-
-def sum_over_columns(
-    terms: Sequence[OutputTerm],
-    contribution: Callable[[list[tf.Tensor]], Any],
-    seed: tf.Tensor,
-) -> Any:
-    """Sums a function of the cotangents over all columns of L of all terms.
+    It is `Σ n / Σ (n / mean)` with `mean = trace / n`.
 
     Args:
-        terms: Outputs.
-        contribution: Takes one cotangent per output.
-        seed: int32 `[2]`.
+        traces: Tensor `[layers]`.
+        sizes: n of every layer.
+        used: Bool `[layers]`.
     """
-    total: Any = None
-    for index, term in enumerate(terms):
-
-        def one(column: tf.Tensor, index: int = index) -> Any:
-            folded = tf.random.fold_in(seed, column, alg="philox")
-            return contribution(column_cotangents(terms, index, column, folded))
-
-        summed = sum_over(one, term.column_count())
-        total = summed if total is None else _add(total, summed)
-    return total
-
-
-def _add(left: Any, right: Any) -> Any:
-    return tf.nest.map_structure(tf.add, left, right)
-
-
-def sum_over(function: Callable[[tf.Tensor], Any], count: tf.Tensor) -> Any:
-    """Returns `function(0) + … + function(count − 1)`, in a loop.
-
-    Args:
-        function: Takes an int32 scalar, returns tensors.
-        count: int32 scalar, at least one.
-    """
-    _, total = tf.while_loop(
-        lambda index, _: index < count,
-        lambda index, sums: (index + 1, _add(sums, function(index))),
-        (tf.constant(1, tf.int32), function(tf.constant(0, tf.int32))),
-    )
-    return total
+    sizes = tf.constant(sizes, traces.dtype)
+    counts = tf.where(used, sizes, tf.zeros_like(sizes))
+    inverse = tf.math.divide_no_nan(counts * sizes, traces)
+    return tf.math.divide_no_nan(tf.reduce_sum(counts), tf.reduce_sum(inverse))

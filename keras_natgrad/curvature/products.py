@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
 
@@ -130,7 +130,7 @@ def estimated_gram(
     Args:
         captured: The forward pass; it must have no fallback entries.
         backward: A backward pass of random cotangents.
-        directions: k directions, each one matrix per entry.
+        directions: k directions, each one tensor per stack.
         examples: How many examples to use at most.
         by_layer: Whether every layer's part of the first direction is a
             direction of its own. The products are the same.
@@ -139,18 +139,47 @@ def estimated_gram(
         Tensor `[k, k]`, symmetric positive semi-definite, with the number of
         layers for one of the k where the first direction is divided.
     """
+    sample = sample_examples(captured, backward, examples)
+    own = own_tangents(sample.inputs, directions)
+    return gram_of_tangents(own, sample.cotangents, by_layer, sample.weights)
+
+
+class Sample(NamedTuple):
+    """Some examples of a batch.
+
+    Attributes:
+        inputs: Canonical inputs, one per captured layer.
+        cotangents: Canonical cotangents, likewise.
+        weights: Tensor `[examples]`: a sum over the examples with these
+            weights estimates that over the batch.
+    """
+
+    inputs: list[Any]
+    cotangents: list[Any]
+    weights: tf.Tensor
+
+
+def sample_examples(
+    captured: CapturedPass, backward: Backward, examples: int
+) -> Sample:
+    """Returns the whole batch if it is small, otherwise some of its examples.
+
+    Args:
+        captured: The forward pass.
+        backward: A backward pass of random cotangents.
+        examples: Most examples, see `estimated_gram`.
+    """
     batch = captured.batch
     rows, weights = tf.cond(
         batch <= examples,
         lambda: (tf.range(batch), tf.ones([batch], backward.sizes.dtype)),
         lambda: proportional_sample(backward.sizes, examples),
     )
-    inputs = [_take(a, rows) for a in captured.inputs]
     cotangents = tf.nest.map_structure(
         lambda g: tf.gather(g, rows, axis=-3), backward.cotangents
     )
-    own = own_tangents(inputs, directions)
-    return gram_of_tangents(own, cotangents, by_layer, weights)
+    inputs = [_take(a, rows) for a in captured.inputs]
+    return Sample(inputs, cotangents, weights)
 
 
 def own_tangents(
@@ -161,7 +190,7 @@ def own_tangents(
 
     Args:
         inputs: Canonical inputs, one per layer.
-        directions: k directions, each one matrix per layer.
+        directions: k directions, each one tensor `[layers, ...]` per stack.
 
     Returns:
         k lists of `δᵀ ā_s`, of the shapes of the cotangents.
@@ -169,10 +198,15 @@ def own_tangents(
     return [
         [
             tangent_rows(a, matrix)
-            for a, matrix in zip(inputs, each, strict=True)
+            for a, matrix in zip(inputs, _layers(each), strict=True)
         ]
         for each in directions
     ]
+
+
+def _layers(direction: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns one matrix per layer."""
+    return [layer for stack in direction for layer in tf.unstack(stack)]
 
 
 def gram_of_tangents(

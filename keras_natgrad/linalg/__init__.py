@@ -1,6 +1,13 @@
 """Pure functions on tensors: inverses, Kronecker products, signs."""
 
 from keras_natgrad.linalg.batched import DampedInverses, damped_inverses
+from keras_natgrad.linalg.diagonals import (
+    add_to_diagonal,
+    diagonal_matrix,
+    diagonal_of,
+    expand_to,
+    identity_matrix,
+)
 from keras_natgrad.linalg.eigenbasis import eigenbasis
 from keras_natgrad.linalg.kronecker import (
     block_diagonal,
@@ -58,6 +65,7 @@ __all__ = [
     "TwoWayCotangents",
     "TwoWayRows",
     "Window",
+    "add_to_diagonal",
     "append_row",
     "block_diagonal",
     "contract_rows",
@@ -65,11 +73,15 @@ __all__ = [
     "damped_inverse_root",
     "damped_inverses",
     "damped_solve",
+    "diagonal_matrix",
+    "diagonal_of",
     "eigenbasis",
     "example_dots",
+    "expand_to",
     "flatten_matrix",
     "gradient_squares",
     "homogeneous",
+    "identity_matrix",
     "kronecker_operator",
     "multiply",
     "padded",

@@ -8,6 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_natgrad.linalg.diagonals import (
+    add_to_diagonal,
+    diagonal_of,
+    expand_to,
+    identity_matrix,
+)
+
 # A factorisation that fails is tried again with ten times the damping.
 RETRY_GROWTH = 10.0
 MAX_RETRIES = 8
@@ -20,9 +27,9 @@ class DampedInverse(NamedTuple):
 
     Attributes:
         inverse: Tensor `[..., n, n]`, the inverse of the damped matrix.
-        retries: Scalar int32, how often the damping had to be raised.
-        succeeded: Scalar bool, whether `inverse` is finite. If it is not,
-            `inverse` holds zeros and must not be used.
+        retries: Scalar int32, how often a damping had to be raised.
+        succeeded: Bool, scalar or one per unit, whether `inverse` is finite.
+            Where it is not, `inverse` holds zeros and must not be used.
     """
 
     inverse: tf.Tensor
@@ -30,7 +37,9 @@ class DampedInverse(NamedTuple):
     succeeded: tf.Tensor
 
 
-def damped_inverse(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
+def damped_inverse(
+    matrix: tf.Tensor, damping: tf.Tensor, units: int = 0
+) -> DampedInverse:
     """Returns `(M + damping I)⁻¹` of a symmetric PSD matrix by Cholesky.
 
     TensorFlow's Cholesky fills its result with NaN when the matrix is not
@@ -42,61 +51,72 @@ def damped_inverse(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
 
     Args:
         matrix: Tensor `[..., n, n]`, symmetric positive semi-definite.
-        damping: Tensor `[...]` or scalar, non-negative. Matrices of one
-            batch are tried again together.
+        damping: Tensor `[...]` or scalar, non-negative.
+        units: How many of the first axes count units that fail, and get more
+            damping, each on its own: none, so that all matrices share their
+            fate, or one.
 
     Returns:
         A `DampedInverse`.
     """
-    return _retry(inverse_by_blocks, matrix, damping, _inverse_by_kernels)
+    return _retry(inverse_by_blocks, matrix, damping, units)
 
 
 def _retry(
     function: Callable[[tf.Tensor], tf.Tensor],
     matrix: tf.Tensor,
     damping: tf.Tensor,
-    again: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    units: int = 0,
 ) -> DampedInverse:
     """Returns `function(M + damping I)`, with more damping until finite.
 
+    The loop makes the first attempt too, so that the function is traced once.
+
     Args:
-        function: Takes the damped matrix.
+        function: Takes the damped matrix, returns a tensor of its shape.
         matrix: M.
         damping: See `damped_inverse`.
-        again: What computes the same after a failure. Retries are rare: one
-            of few operations keeps the graph small, which a division into
-            blocks would nearly double.
+        units: See `damped_inverse`.
     """
-    again = again or function
-    diagonal = tf.linalg.diag_part(matrix)
-    mean_diagonal = tf.reduce_mean(diagonal, axis=-1)
+    rank = matrix.shape.rank
+    mean_diagonal = tf.reduce_mean(diagonal_of(matrix), axis=-1)
     # A retry must raise the damping to something that rounding can see, also
     # when it was zero or tiny.
-    smallest = tf.cast(rounding(matrix.dtype), matrix.dtype) * mean_diagonal
-
-    def damped(total: tf.Tensor) -> tf.Tensor:
-        return tf.linalg.set_diag(matrix, diagonal + total[..., tf.newaxis])
-
-    def failed(result: tf.Tensor) -> tf.Tensor:
-        return tf.logical_not(tf.math.is_finite(tf.reduce_sum(result)))
+    smallest = rounding(matrix.dtype) * mean_diagonal
 
     def body(
-        total: tf.Tensor, result: tf.Tensor, retries: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        total = tf.maximum(RETRY_GROWTH * total, smallest)
-        return total, again(damped(total)), retries + 1
+        tries: tf.Tensor,
+        retries: tf.Tensor,
+        damping: tf.Tensor,
+        result: tf.Tensor,
+        failed: tf.Tensor,
+    ) -> tuple[tf.Tensor, ...]:
+        raised = tf.maximum(RETRY_GROWTH * damping, smallest)
+        damping = tf.where(expand_to(failed, rank - 2), raised, damping)
+        retries += tf.reduce_sum(tf.cast(failed, tf.int32))
+        damped = add_to_diagonal(matrix, damping[..., tf.newaxis])
+        result = function(damped)
+        sums = tf.reduce_sum(result, axis=list(range(units, rank)))
+        return tries + 1, retries, damping, result, ~tf.math.is_finite(sums)
 
+    zero = tf.constant(0, tf.int32)
     damping = tf.cast(damping, matrix.dtype) + tf.zeros_like(mean_diagonal)
-    _, result, retries = tf.while_loop(
-        lambda _, result, retries: tf.logical_and(
-            failed(result), retries < MAX_RETRIES
+    _, retries, _, result, failed = tf.while_loop(
+        lambda tries, retries, damping, result, failed: (
+            tf.reduce_any(failed) & (tries <= MAX_RETRIES) | (tries < 1)
         ),
         body,
-        (damping, function(damped(damping)), tf.constant(0, tf.int32)),
+        (
+            zero,
+            zero,
+            damping,
+            tf.zeros_like(matrix),
+            tf.zeros(matrix.shape[:units], tf.bool),
+        ),
     )
-    succeeded = tf.logical_not(failed(result))
-    result = tf.where(succeeded, result, tf.zeros([], result.dtype))
-    return DampedInverse(result, retries, succeeded)
+    bad = expand_to(failed, rank)
+    result = tf.where(bad, tf.zeros([], result.dtype), result)
+    return DampedInverse(result, retries, ~failed)
 
 
 def damped_inverse_root(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
@@ -111,9 +131,7 @@ def damped_inverse_root(matrix: tf.Tensor, damping: tf.Tensor) -> DampedInverse:
     Returns:
         A `DampedInverse`, whose inverse is that of the factor.
     """
-    return _retry(
-        inverse_cholesky, matrix, damping, _inverse_cholesky_by_kernels
-    )
+    return _retry(inverse_cholesky, matrix, damping)
 
 
 class DampedSolution(NamedTuple):
@@ -236,20 +254,23 @@ def _inverse_cholesky_blocks(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Returns the blocks X, −Y K X and Y of `inverse_cholesky`."""
     # Halves that are multiples of 16 keep the products aligned.
-    half = -(-matrix.shape[-1] // 32) * 16
-    x = inverse_cholesky(matrix[..., :half, :half])
-    k = tf.matmul(matrix[..., half:, :half], x, transpose_b=True)
-    corner = matrix[..., half:, half:]
-    schur_complement = corner - tf.matmul(k, k, transpose_b=True)
-    y = inverse_cholesky(schur_complement)
+    size = matrix.shape[-1]
+    half = -(-size // 32) * 16
+    sides = tf.constant([half, size - half])
+    above, below = tf.split(matrix, sides, axis=-2)
+    x = inverse_cholesky(tf.split(above, sides, axis=-1)[0])
+    left, corner = tf.split(below, sides, axis=-1)
+    k = tf.matmul(left, x, transpose_b=True)
+    y = inverse_cholesky(corner - tf.matmul(k, k, transpose_b=True))
     return x, -tf.matmul(y, tf.matmul(k, x)), y
 
 
 def _inverse_cholesky_by_kernels(matrix: tf.Tensor) -> tf.Tensor:
     """Returns `L⁻¹` by one factorisation and one triangular solve."""
     factor = tf.linalg.cholesky(matrix)
-    identity = tf.eye(matrix.shape[-1], dtype=matrix.dtype)
-    identity = tf.broadcast_to(identity, tf.shape(factor))
+    identity = identity_matrix(matrix.shape[-1], matrix.dtype)
+    if matrix.shape.rank > 2:
+        identity = tf.broadcast_to(identity, tf.shape(factor))
     return tf.linalg.triangular_solve(factor, identity)
 
 

@@ -1,9 +1,7 @@
-"""What every optimizer of the package shares: a model, a plan, a step."""
+"""The Keras side of every optimizer: models, plans, variables, replicas."""
 
 from __future__ import annotations
 
-import abc
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,61 +9,74 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad import _compat, replicas
-from keras_natgrad.capture import (
-    CurvatureTape,
-    Plan,
-    make_plan,
-    match_layers,
-)
+from keras_natgrad.capture import CurvatureTape, Plan
 from keras_natgrad.capture.eligibility import check_batched, check_reached
-from keras_natgrad.capture.selectors import pattern_name
+from keras_natgrad.checks import check_positive
 from keras_natgrad.optimizers.attachment import (
-    NOT_ATTACHED,
-    check_exclude,
+    Attachment,
     check_same_model,
     check_trainable,
 )
-from keras_natgrad.optimizers.coverage import warn_of_plan
-from keras_natgrad.optimizers.observation import Observation, all_finite
-from keras_natgrad.training import install, install_hook
-from keras_natgrad.training.loss_heads import (
-    LossHead,
-    declared_rows,
-    warn_of_fallbacks,
+from keras_natgrad.optimizers.engine import Engine, Parts
+from keras_natgrad.optimizers.observation import (
+    Verdict,
+    observe_network,
+    terms_of,
 )
-from keras_natgrad.training.terms import mean_terms
+from keras_natgrad.optimizers.replica_checks import check_replicas
+from keras_natgrad.optimizers.saved_state import check_saved
+from keras_natgrad.optimizers.settings import Settings
+from keras_natgrad.optimizers.summary import render
+from keras_natgrad.optimizers.variables import aligned_gradients, state_factory
+from keras_natgrad.step import Damping, StepState
+from keras_natgrad.training import install, install_hook
+from keras_natgrad.training.loss_heads import LossHead
 
 _NO_CURVATURE = (
     "This {name} optimizer received gradients without curvature. In a custom "
     "training loop, compute them with `keras_natgrad.CurvatureTape(optimizer)`"
     " in place of `tf.GradientTape()`."
 )
-_KERAS_MERGES = (
-    "Keras does not support `{argument}` under a strategy with several "
-    "replicas. Received: {argument}={value!r}"
-)
 
 
-class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
+class CurvatureOptimizer(keras.optimizers.Optimizer):
     """Base class of optimizers that see the layers of their model.
 
-    Subclasses implement `build_curvature`, `observe` and `curvature_step`.
+    It connects Keras with an `Engine`, which makes the steps. A subclass is a
+    constructor that turns its settings into the parts of an engine.
+
+    Args:
+        learning_rate: A float, a schedule or a callable.
+        settings: `Settings`, the subclass's own arguments.
+        parts: `Parts` of the engine.
+        **kwargs: Further arguments of `keras.optimizers.Optimizer`.
+
+    Attributes:
+        settings: The same.
+        engine: `Engine`.
+        attachment: `Attachment`, the model and the plan of its layers.
     """
 
-    def __init__(self, learning_rate: Any, **kwargs: Any) -> None:
+    settings: Settings
+    engine: Engine
+    attachment: Attachment
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        settings: Settings,
+        parts: Parts,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(learning_rate, **kwargs)
-        # Plain attributes, kept from Keras's tracking: the model is not part
-        # of the optimizer's state, and is held weakly.
-        self._hide("_model_reference", None)
-        self._hide("_head", None)
-        self._hide("_plan", None)
-        self._hide("_exclude", ())
+        self._hide("settings", settings)
+        self._hide("engine", Engine(parts))
+        self._hide("attachment", Attachment(type(self).__name__))
         # One per replica of this process.
         self._hide("_observations", {})
-        self._hide("_curvature_built", False)
-        self._hide("_loss_rows", None)
 
     def _hide(self, name: str, value: Any) -> None:
+        """Sets a plain attribute, which Keras does not track as state."""
         object.__setattr__(self, name, value)
 
     # -- Attaching -------------------------------------------------------
@@ -114,7 +125,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
                 "`attach` takes a keras.Model. "
                 f"Received: model={model!r} of type {type(model).__name__}"
             )
-        changed = head is not None and head is not self._head
+        changed = head is not None and head is not self.attached_head()
         self.take_model(model, head, exclude)
         install(model)
         if changed:
@@ -128,24 +139,14 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         self, model: keras.Model, head: Any, exclude: Sequence[Any] | None
     ) -> None:
         """Notes what `attach` was given; the model stays as it is."""
-        if isinstance(exclude, (str, type)):
-            raise ValueError(
-                f"`exclude` must be a list. Received: exclude={exclude!r}"
-            )
-        for pattern in exclude or ():
-            pattern_name(pattern, "exclude")
-        reference = self._model_reference
-        again = reference is not None and reference() is model
-        if self._curvature_built:
-            if again and exclude is not None:
-                check_exclude(type(self).__name__, self._exclude, exclude)
-            self.planned_layers(model)
-        self._hide("_model_reference", weakref.ref(model))
-        if head is not None or not again:
-            self._hide("_head", head)
-        if exclude is not None or not again:
-            self._hide("_exclude", tuple(exclude or ()))
-        if self.built and not self._curvature_built:
+        attachment, own = self.attachment, self._own_variables()
+        if self.engine.is_built:
+            # An error for another model.
+            attachment.layers(model, own)
+        attachment.take(model, head, exclude, self.engine.is_built)
+        if self.engine.is_built:
+            self.engine.direction.attach(model, attachment.plan, own)
+        elif self.built:
             self._build_curvature(_compat.optimizer_variables(self))
 
     def attached_model(self) -> keras.Model:
@@ -154,34 +155,34 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         Raises:
             ValueError: If there is none.
         """
-        reference = self._model_reference
-        model = None if reference is None else reference()
-        if model is None:
-            raise ValueError(NOT_ATTACHED.format(name=type(self).__name__))
-        return model
+        return self.attachment.model()
 
     def attached_head(self) -> Any:
         """Returns the head given to `attach`, or `None`."""
-        return self._head
+        return self.attachment.head
+
+    @property
+    def damping(self) -> Damping:
+        """The damping rule."""
+        return self.engine.damping
+
+    @property
+    def state(self) -> StepState:
+        """Damping, counters and what else there is one of, once built."""
+        return self.engine.state
 
     @property
     def uses_targets(self) -> bool:
         """Whether the Fisher is the empirical one, at observed targets."""
-        return False
+        return getattr(self.settings, "fisher", None) == "empirical"
 
     def receive_choices(self, choices: Sequence[LossHead]) -> None:
         """Takes what stands for each loss; warns of fallbacks once."""
-        if self._loss_rows is None:
-            warn_of_fallbacks(choices)
-        self._hide("_loss_rows", [choice.row() for choice in choices])
+        self.attachment.take_loss_heads(choices)
 
     def loss_rows(self) -> list[tuple[str, str, str]]:
         """Returns output, head and how its Fisher is found, per loss."""
-        if self._loss_rows is not None:
-            return list(self._loss_rows)
-        return declared_rows(
-            self.attached_model(), self._head, self.uses_targets
-        )
+        return self.attachment.loss_rows(self.uses_targets)
 
     # -- State -----------------------------------------------------------
 
@@ -198,70 +199,35 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
             return
         variables = list(variables)
         super().build(variables)
-        attached = self._model_reference is not None
-        if attached or self._plan is not None:
+        if self.attachment.is_made or self.attachment.plan is not None:
             self._build_curvature(variables)
 
     def _build_curvature(self, variables: list[Any]) -> None:
-        if self._model_reference is not None:
-            model = self.attached_model()
-            own = self.model_variables(variables)
-            if isinstance(model, keras.Model):
-                check_same_model(type(self).__name__, model, own)
-            plan = make_plan(model, own, self._exclude)
-            self._hide("_plan", self.choose_layers(plan))
-            self.warn_of_plan(self._plan, variables)
-        self._hide("_curvature_built", True)
-        self.build_curvature(self._plan, variables)
+        if self.attachment.is_made:
+            self.attachment.plan_layers(
+                self.engine.direction,
+                self.model_variables(variables),
+                variables,
+            )
+        self._build_engine(variables)
 
-    def choose_layers(self, plan: Plan) -> Plan:
-        """Returns the part of a plan that the optimizer's blocks can treat."""
-        return plan
+    def _build_engine(self, variables: list[Any]) -> None:
+        self.engine.build(
+            self.attachment.plan,
+            variables,
+            state_factory(self),
+            self.iterations,
+        )
 
     def model_variables(self, variables: Sequence[Any]) -> list[Any]:
         """Returns what the model's layers hold for the given variables."""
         return list(variables)
 
-    def planned_layers(
-        self, model: keras.Model
-    ) -> list[tuple[keras.layers.Layer, int]]:
-        """Returns the layer, and which of its maps, of each planned one."""
-        own = self.model_variables(_compat.optimizer_variables(self))
-        return match_layers(self._plan, model, own)
-
-    def warn_of_plan(self, plan: Plan, variables: Sequence[Any]) -> None:
-        """Warns of the variables that get a fallback block."""
-        warn_of_plan(plan, variables)
-
-    def add_curvature_variable(
-        self, name: str, shape: tuple[int, ...], initializer: str
-    ) -> Any:
-        """Adds one saved variable of the curvature's dtype."""
-        return self.add_variable(
-            shape=shape,
-            initializer=initializer,
-            dtype=self.curvature_dtype,
-            name=name,
-        )
-
-    def add_summed_variable(
-        self, name: str, shape: tuple[int, ...], initializer: str
-    ) -> Any:
-        """Adds one that is the sum of a part on every replica."""
-        return _compat.add_summed_variable(
-            self, name, shape, initializer, self.curvature_dtype
-        )
-
-    @property
-    def curvature_dtype(self) -> str:
-        """float64 where the model is, float32 otherwise."""
-        variables = _compat.optimizer_variables(self)
-        wide = any(v.dtype == "float64" for v in variables)
-        return "float64" if wide else "float32"
-
-    @abc.abstractmethod
-    def build_curvature(self, plan: Plan, variables: list[Any]) -> None:
-        """Creates the curvature's state from the plan and the variables."""
+    def _own_variables(self) -> list[Any]:
+        """Returns what the model's layers hold for the optimizer's."""
+        if not self.built:
+            return []
+        return self.model_variables(_compat.optimizer_variables(self))
 
     # -- One step --------------------------------------------------------
 
@@ -277,58 +243,39 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         model = self.attached_model()
         own = _compat.optimizer_variables(self)
         check_trainable(type(self).__name__, own)
-        layers = self.planned_layers(model)
-        terms = tape.terms
-        if terms is None:
-            if self._head is None or tape.model_outputs is None:
-                raise ValueError(
-                    "The tape does not know what distribution the model's "
-                    "outputs parametrise. Write `optimizer.attach(model, "
-                    "head=keras_natgrad.heads.<Head>(...))`, and call the "
-                    "model inside the tape."
-                )
-            terms = mean_terms(tape.model_outputs, self._head)
+        layers = self.attachment.layers(model, self._own_variables())
+        terms = terms_of(tape, self.attached_head())
         self.check_replicas()
         records = [tape.taps.record(layer, index) for layer, index in layers]
         check_reached(records)
         check_batched(records, terms[0].outputs.shape[0])
-        observation = Observation(tape, terms, records, gradients)
-        observation.surged = self.has_surged(observation)
-        self.observe(observation)
-        self._observations[replicas.replica_key()] = observation
+        observation = observe_network(
+            tape,
+            terms,
+            records,
+            gradients,
+            tape.objective if self.needs_objective else None,
+        )
+        self._receive(self.engine.judge(observation))
+
+    def _receive(self, verdict: Verdict) -> None:
+        """Lets the engine observe a batch, and keeps it for `apply`."""
+        verdict = self.engine.observe(verdict)
+        self._observations[replicas.replica_key()] = verdict
 
     def check_replicas(self) -> None:
         """Raises ValueError for what several replicas cannot do."""
-        if replicas.replica_count() == 1:
-            return
-        replicas.check_merge(type(self).__name__)
-        for argument in (
-            "gradient_accumulation_steps",
-            "ema_overwrite_frequency",
-        ):
-            value = getattr(self, argument)
-            if value is not None:
-                raise ValueError(
-                    _KERAS_MERGES.format(argument=argument, value=value)
-                )
-
-    @abc.abstractmethod
-    def observe(self, observation: Observation) -> None:
-        """Updates the statistics from one batch."""
+        check_replicas(self)
 
     @property
     def steps_outside(self) -> bool:
         """Whether something happens between two steps, outside the graph."""
-        return False
+        return self.engine.refreshing.is_outside
 
     @property
     def needs_objective(self) -> bool:
         """Whether the step may evaluate the loss again."""
-        return False
-
-    def step_logs(self) -> dict[str, tf.Tensor]:
-        """Returns what `fit` logs beside the metrics."""
-        return {}
+        return self.engine.needs_objective
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Updates the variables by their gradients, as in Keras.
@@ -347,74 +294,130 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
     ) -> None:
         """Takes the whole gradient list, after clipping and decay."""
         key = replicas.replica_key()
-        observation = self._observations.pop(key, None)
-        if observation is None:
+        verdict = self._observations.pop(key, None)
+        if verdict is None:
             model = self.attached_model()
             check_same_model(type(self).__name__, model, trainable_variables)
             raise ValueError(_NO_CURVATURE.format(name=type(self).__name__))
         grads = _compat.all_reduce_gradients(self, grads, trainable_variables)
-        own = _compat.optimizer_variables(self)
-        aligned: list[Any] = [tf.zeros(v.shape, v.dtype) for v in own]
-        for gradient, variable in zip(grads, trainable_variables, strict=True):
-            index = _compat.variable_index(self, variable)
-            aligned[index] = tf.convert_to_tensor(gradient)
-
+        aligned = aligned_gradients(self, grads, trainable_variables)
         if self.gradient_accumulation_steps:
             # An earlier batch among the accumulated ones may have been bad.
-            observation.is_finite &= all_finite(aligned)
+            verdict = verdict.with_gradients(aligned)
 
         def step() -> None:
             _compat.apply_weight_decay(self, trainable_variables)
-            self.curvature_step(observation, aligned, learning_rate)
+            self.engine.step(verdict, aligned, learning_rate)
 
         def skip() -> None:
-            self.skip_step(observation)
+            self.engine.skip(verdict)
 
-        replicas.cond(observation.accepted, step, skip)
+        replicas.cond(verdict.accepted, step, skip)
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Leaves decay to the step, which may have to be skipped."""
 
-    @abc.abstractmethod
-    def curvature_step(
-        self,
-        observation: Observation,
-        gradients: Sequence[tf.Tensor],
-        learning_rate: Any,
-    ) -> None:
-        """Moves the variables.
+    def refresh_inverses(self) -> None:
+        """Recomputes the inverses from the statistics as they are now.
+
+        Steps do so by themselves when it is due.
+        """
+        self.engine.refreshing.now()
+
+    def after_step(self) -> None:
+        """Refreshes inverses outside the graph, with `refresh_where`.
+
+        `fit` and `train_on_batch` call it after every step. A custom training
+        loop calls it between two steps, outside any `tf.function`.
+        """
+        if self.engine.is_built:
+            self.engine.refreshing.between_steps()
+
+    # -- What happened ---------------------------------------------------
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """What happened so far, as Python numbers.
+
+        Damping, reduction ratio, predicted loss change, learning rate and
+        momentum of the last step; counts of batches, updates of the
+        statistics, refreshes of the inverses, dampings raised by a failed
+        factorisation, factorisations given up, batches skipped and steps
+        taken back (retracted).
+        """
+        return self.state.to_dict() if self.engine.is_built else {}
+
+    def step_logs(self) -> dict[str, tf.Tensor]:
+        """Returns what `fit` logs beside the metrics."""
+        if not self.settings.log_statistics:
+            return {}
+        tensors = self.state.to_tensors()
+        return {f"{self.name}_{key}": value for key, value in tensors.items()}
+
+    def raise_damping(self, factor: float) -> None:
+        """Multiplies the damping from the next step on.
+
+        An adaptive damping goes on adapting from there. A constant or
+        scheduled one keeps the factor, which is saved with the optimizer and
+        multiplied by that of another call. The inverses are renewed before
+        they are used again. Call it between steps.
 
         Args:
-            observation: What the tape recorded.
-            gradients: One gradient per variable of the optimizer, zeros
-                where the loss does not reach it.
-            learning_rate: The current learning rate.
+            factor: Positive; below one it lowers the damping.
+
+        Raises:
+            ValueError: If `factor` is not positive, or before the first step.
+
+        Example:
+
+        ```python
+        optimizer.raise_damping(10.0)
+        ```
         """
+        check_positive("factor", factor)
+        if not self.engine.is_built:
+            raise ValueError(
+                "The damping can be raised once the optimizer is built: after "
+                "its first step, or `optimizer.build(model.trainable_variables)"
+                f"`. Received: factor={factor!r} for {self!r}"
+            )
+        self.engine.raise_damping(factor)
 
-    @abc.abstractmethod
-    def has_surged(self, observation: Observation) -> tf.Tensor:
-        """Returns whether the last step has to be taken back."""
+    def summary(self, print_fn: Any = None) -> None:
+        """Prints what each layer got, and why others fall back.
 
-    @abc.abstractmethod
-    def skip_step(self, observation: Observation) -> None:
-        """Deals with a batch that no step is made on."""
+        With blocks, a row has the block, the shape of the parameters, the
+        positions at which one call applies them (if known), the approximation
+        and its memory; the last line says what share of the parameters is
+        preconditioned. For a compiled model, a line per output says how its
+        Fisher is found.
+
+        Args:
+            print_fn: Function that prints one string. Defaults to `print`.
+        """
+        if not self.engine.is_built:
+            self.build(self.attached_model().trainable_variables)
+        text = render(self)
+        (print_fn or print)(text)
 
     # -- Saving ----------------------------------------------------------
 
     def load_own_variables(self, store: Any) -> None:
         """Takes a saved state, which an attached optimizer builds first."""
-        reference = self._model_reference
-        model = None if reference is None else reference()
-        if not self.built and model is not None and model.built:
-            if len(store.keys()) > len(self.variables):
+        if not self.built and self.attachment.is_alive:
+            model = self.attached_model()
+            if model.built and len(store.keys()) > len(self.variables):
                 self.build(model.trainable_variables)
+        if self.engine.is_built:
+            check_saved(type(self).__name__, store, self.variables)
         super().load_own_variables(store)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments and the plan of the layers."""
         config = super().get_config()
-        if self._plan is not None:
-            config["plan"] = self._plan.get_config()
+        config.update(self.settings.to_config())
+        if self.attachment.plan is not None:
+            config["plan"] = self.attachment.plan.get_config()
         return config
 
     @classmethod
@@ -426,5 +429,5 @@ class CurvatureOptimizer(keras.optimizers.Optimizer, abc.ABC):
         plan = config.pop("plan", None)
         optimizer = super().from_config(config, custom_objects=custom_objects)
         if plan is not None:
-            optimizer._hide("_plan", Plan.from_config(plan))
+            optimizer.attachment.plan = Plan.from_config(plan)
         return optimizer

@@ -5,12 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_natgrad.curvature import BlockDiagonal
+from keras_natgrad.curvature import BlockCurvature
+from keras_natgrad.step import Refresh
+
+if TYPE_CHECKING:
+    from keras_natgrad.optimizers.engine import Engine
 
 # Pause of the thread after a block, in times of what the block took, and at
 # most in seconds; a block that took less than `_FELT` disturbs no step.
@@ -36,24 +40,19 @@ class HostRefresh:
     by these steps, at most by `max_staleness`.
 
     Args:
-        optimizer: The optimizer, built.
-        host: Its blocks once more, unbuilt.
-        threaded: Whether training goes on meanwhile.
-        max_staleness: Most steps that a refresh may take, after which the
-            next step waits for it.
+        engine: The engine, built, with a direction of blocks.
+        periods: `Refresh`. A refresh while training goes on may take
+            `inverse_period` steps, after which the next step waits for it.
     """
 
-    def __init__(
-        self,
-        optimizer: Any,
-        host: BlockDiagonal,
-        threaded: bool,
-        max_staleness: int,
-    ) -> None:
-        self._optimizer = optimizer
-        self._host = host
-        self._threaded = threaded
-        self._max_staleness = max_staleness
+    def __init__(self, engine: Engine, periods: Refresh) -> None:
+        self._engine = engine
+        direction = engine.direction
+        assert isinstance(direction, BlockCurvature)
+        self._direction = direction
+        self._host = host = direction.copy_blocks()
+        self._threaded = periods.where == "async"
+        self._max_staleness = periods.inverse_period
         self._executor: ThreadPoolExecutor | None = None
         # Set while training waits for the thread, which then hurries.
         self._awaited = threading.Event()
@@ -69,8 +68,8 @@ class HostRefresh:
 
     def after_step(self) -> None:
         """Does what is due; called between two steps, outside any graph."""
-        step = int(self._optimizer.iterations)
-        state = self._optimizer.state
+        step = int(self._engine.iterations)
+        state = self._engine.state
         asked = bool(state.refresh_asked.numpy())
         overdue = step - self._asked_at >= self._max_staleness
         if self._running is not None:
@@ -94,26 +93,26 @@ class HostRefresh:
         self._awaited.set()
         result = self._running.result()
         self._running = None
-        state = self._optimizer.state
+        state = self._engine.state
         if int(state.count("refreshes")) != self._refreshes:
             return
         for own, host in self._pairs():
             own.block.copy_inverse(host.block)
-        self._optimizer.note_inverses(self._damping)
+        state.inverted_at.assign(self._damping)
         state.increment(
             refreshes=1, retries=result.retries, failures=result.failures
         )
 
     def _start(self, step: int) -> None:
         """Copies the statistics and begins with their inverses."""
-        optimizer = self._optimizer
+        engine = self._engine
         for own, host in self._pairs():
             host.block.copy_statistics(own.block)
             # What a failed factorisation leaves in place.
             host.block.copy_inverse(own.block)
-        self._damping = damping = tf.identity(optimizer.inverse_damping())
+        self._damping = damping = tf.identity(engine.inverse_damping())
         self._asked_at = step
-        self._refreshes = int(optimizer.state.count("refreshes"))
+        self._refreshes = int(engine.state.count("refreshes"))
         if self._threaded:
             self._awaited.clear()
             if self._executor is None:
@@ -128,11 +127,11 @@ class HostRefresh:
         retries = failures = 0
         with tf.device("CPU:0"):
             dampings, ratio = host.refresh_arguments(
-                damping, self._optimizer.ridge
+                damping, self._direction.ridge
             )
-            for entry, own in zip(host.entries, dampings, strict=True):
+            for stack, own in zip(host.stacks, dampings, strict=True):
                 started = time.perf_counter()
-                more_retries, more_failures = entry.block.refresh(own, ratio)
+                more_retries, more_failures = stack.block.refresh(own, ratio)
                 retries += int(more_retries)
                 failures += int(more_failures)
                 if self._threaded:
@@ -149,8 +148,8 @@ class HostRefresh:
             self._awaited.wait(min(_REST * seconds, _LONGEST_PAUSE))
 
     def _pairs(self) -> list[tuple[Any, Any]]:
-        own = self._optimizer.curvature.entries
-        return list(zip(own, self._host.entries, strict=True))
+        own = self._direction.blocks.stacks
+        return list(zip(own, self._host.stacks, strict=True))
 
     def _add_variable(
         self, name: str, shape: tuple[int, ...], initializer: str
@@ -159,7 +158,7 @@ class HostRefresh:
         return keras.Variable(
             initializer,
             shape,
-            self._optimizer.curvature_dtype,
+            self._engine.state.damping.dtype,
             trainable=False,
             name=name,
         )

@@ -2,31 +2,153 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import keras
-from typing_extensions import override
 
 from keras_natgrad.checks import (
     check_fraction,
     check_positive,
     check_seed,
-    is_number,
 )
-from keras_natgrad.curvature import FISHER_KINDS, BlockOptions
-from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
+from keras_natgrad.curvature import (
+    FISHER_KINDS,
+    BlockCurvature,
+    BlockDiagonal,
+    BlockOptions,
+    CurvatureOptions,
+)
+from keras_natgrad.optimizers.base import CurvatureOptimizer
+from keras_natgrad.optimizers.engine import Parts
+from keras_natgrad.optimizers.refreshing import Refreshing
+from keras_natgrad.optimizers.settings import Settings
 from keras_natgrad.step import (
+    Damping,
+    FixedStep,
+    LevenbergMarquardt,
+    LineSearch,
+    QuadraticModel,
+    QuadraticStep,
     Refresh,
+    SearchedStep,
     Spring,
-    StepLength,
+    SpringStep,
+    StepRule,
     get_damping,
-    get_line_search,
+    get_learning_rate,
+    get_momentum,
     get_quadratic_model,
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class KFACSettings(Settings):
+    """The arguments of `KFAC`, checked; see there."""
+
+    momentum: float | str | Spring = "auto"
+    damping: Damping = dataclasses.field(default_factory=LevenbergMarquardt)
+    fisher: str = "propagated"
+    factor_decay: float = 0.95
+    damping_split: str = "global"
+    curvature_update_period: int = 10
+    inverse_update_period: int = 50
+    refresh_growth: float | None = 0.35
+    refresh_where: str = "graph"
+    quadratic_model: QuadraticModel = dataclasses.field(
+        default_factory=QuadraticModel
+    )
+    norm_constraint: float | None = None
+    block: Any = "auto"
+    weight_sharing: Any = "expand"
+    max_factor_size: int = 4096
+    fallback: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Patterns by name, and blocks from their configs.
+        blocks = self.block_options()
+        object.__setattr__(self, "block", blocks.block)
+        object.__setattr__(self, "weight_sharing", blocks.weight_sharing)
+        if self.fisher not in FISHER_KINDS:
+            raise ValueError(
+                f"`fisher` must be one of {FISHER_KINDS}. "
+                f"Received: fisher={self.fisher!r}"
+            )
+        check_fraction("factor_decay", self.factor_decay)
+        if self.norm_constraint is not None:
+            check_positive("norm_constraint", self.norm_constraint)
+        check_seed(self.seed)
+
+    def block_options(self) -> BlockOptions:
+        """Returns which block each layer gets."""
+        return BlockOptions(
+            self.block,
+            self.weight_sharing,
+            self.max_factor_size,
+            self.fallback,
+            self.damping_split,
+        )
+
+    def rule(self) -> StepRule:
+        """Returns how far the steps go."""
+        if isinstance(self.rate, StepRule):
+            return self.rate
+        automatic, momentum, model = (
+            self.rate == "auto",
+            self.momentum,
+            self.quadratic_model,
+        )
+        if isinstance(momentum, Spring):
+            momentum = 0.0
+        rule: StepRule = FixedStep(0.0)
+        if automatic or momentum == "auto":
+            rule = QuadraticStep(
+                automatic,
+                None if momentum == "auto" else float(momentum),
+                model.by_layer and automatic,
+                model.most_momentum,
+                model.spread,
+            )
+        else:
+            rule = FixedStep(float(momentum))
+        if isinstance(self.momentum, Spring):
+            if isinstance(rule, QuadraticStep):
+                rule = dataclasses.replace(rule, by_part=False)
+            rule = SpringStep(self.momentum.momentum, rule)
+        if isinstance(self.rate, LineSearch):
+            rule = SearchedStep(self.rate, rule)
+        return rule
+
+    def parts(self) -> Parts:
+        """Returns the parts of the engine."""
+        periods = Refresh(
+            self.curvature_update_period,
+            self.inverse_update_period,
+            self.refresh_growth,
+            self.refresh_where,
+        )
+        options = CurvatureOptions(
+            self.fisher,
+            self.factor_decay,
+            periods,
+            self.quadratic_model,
+            getattr(self.damping, "least_scale", 5e-6),
+            seed=self.seed,
+        )
+        return Parts(
+            direction=BlockCurvature(self.block_options(), options),
+            rule=self.rule(),
+            damping=self.damping,
+            refreshing=Refreshing(periods),
+            model=self.quadratic_model,
+            norm_constraint=self.norm_constraint,
+            seed=self.seed,
+        )
+
+
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class KFAC(PreconditionedOptimizer):
+class KFAC(CurvatureOptimizer):
     r"""Natural gradient descent with Kronecker-factored curvature (K-FAC).
 
     The gradient is preconditioned by an approximation of the Fisher
@@ -46,7 +168,8 @@ class KFAC(PreconditionedOptimizer):
             `keras.optimizers.schedules.LearningRateSchedule`, a callable, or
             a `keras_natgrad.LineSearch` that tries powers of two on the batch
             (along the preconditioned gradient, before momentum is added; that
-            of `Spring` is there already).
+            of `Spring` is there already), or a `keras_natgrad.StepRule` of
+            your own, which then decides on the momentum too.
             With `"auto"` the attribute `learning_rate` is 1.0 and multiplies
             α, so that callbacks may lower it. Defaults to `"auto"`.
         momentum: `"auto"` for μ from the quadratic model, a float in [0, 1),
@@ -89,10 +212,11 @@ class KFAC(PreconditionedOptimizer):
             has it, or `None`.
         block: Block of captured layers: `"kronecker"`, `"feature_scaled"`
             (damping in each input feature's own unit), `"ekfac"`,
-            `"diagonal"`, `"full"`, `"input_factor"`, or a name given to
-            `keras_natgrad.register_block`; `"auto"` is `"feature_scaled"` for
-            dense layers that read the model's inputs and `"kronecker"` for
-            the rest. Or a dictionary `{pattern: name}`:
+            `"diagonal"`, `"full"`, `"input_factor"`, a name given to
+            `keras_natgrad.register_block`, or an instance with options of its
+            own, `keras_natgrad.blocks.EigenBlock(...)`; `"auto"` is
+            `"feature_scaled"` for dense layers that read the model's inputs
+            and `"kronecker"` for the rest. Or a dictionary `{pattern: block}`:
             a pattern is a layer's name or path, a glob (`"conv*"`,
             `"*/attention/*"`) or a layer class, the first
             that matches counts, and layers without one keep the default.
@@ -162,115 +286,34 @@ class KFAC(PreconditionedOptimizer):
         name: str = "kfac",
         **kwargs: Any,
     ) -> None:
-        automatic = isinstance(learning_rate, str)
-        if automatic and learning_rate != "auto":
-            raise ValueError(
-                "`learning_rate` must be 'auto', a float, a schedule, a "
-                "callable or a keras_natgrad.LineSearch. "
-                f"Received: learning_rate={learning_rate!r}"
-            )
-        search = get_line_search(learning_rate)
+        learning_rate, rate = get_learning_rate(learning_rate)
+        settings = KFACSettings(
+            log_statistics=bool(log_statistics),
+            rate=rate,
+            momentum=get_momentum(momentum, rate),
+            damping=get_damping(damping),
+            fisher=fisher,
+            factor_decay=factor_decay,
+            damping_split=damping_split,
+            curvature_update_period=curvature_update_period,
+            inverse_update_period=inverse_update_period,
+            refresh_growth=refresh_growth,
+            refresh_where=refresh_where,
+            quadratic_model=get_quadratic_model(quadratic_model),
+            norm_constraint=norm_constraint,
+            block=block,
+            weight_sharing=weight_sharing,
+            max_factor_size=max_factor_size,
+            fallback=fallback,
+            seed=seed,
+        )
         super().__init__(
-            1.0 if automatic or search else learning_rate, name=name, **kwargs
+            learning_rate, settings, settings.parts(), name=name, **kwargs
         )
-        self._hide("line_search", search)
-        self._hide("length", _length(automatic, momentum))
-        self._hide("damping", get_damping(damping))
-        if fisher not in FISHER_KINDS:
-            raise ValueError(
-                f"`fisher` must be one of {FISHER_KINDS}. "
-                f"Received: fisher={fisher!r}"
-            )
-        self.fisher = fisher
-        self.factor_decay = check_fraction("factor_decay", factor_decay)
-        self._hide(
-            "refresh",
-            Refresh(
-                curvature_update_period,
-                inverse_update_period,
-                refresh_growth,
-                refresh_where,
-            ),
-        )
-        self._hide("quadratic_model", get_quadratic_model(quadratic_model))
-        if norm_constraint is not None:
-            norm_constraint = check_positive("norm_constraint", norm_constraint)
-        self.norm_constraint = norm_constraint
-        self._hide(
-            "block_options",
-            BlockOptions(
-                block,
-                weight_sharing,
-                max_factor_size,
-                fallback,
-                damping_split,
-            ),
-        )
-        self.log_statistics = log_statistics
-        self.seed = check_seed(seed)
-        self._hide("_velocities", [])
 
-    # -- Saving ----------------------------------------------------------
-
-    @override
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        if self.length.automatic_rate:
-            config["learning_rate"] = "auto"
-        if self.line_search is not None:
-            config["learning_rate"] = keras.saving.serialize_keras_object(
-                self.line_search
-            )
-        momentum = (
-            "auto" if self.length.momentum is None else self.length.momentum
-        )
-        if self.length.spring:
-            momentum = keras.saving.serialize_keras_object(
-                Spring(self.length.spring)
-            )
-        damping = self.damping
-        if not isinstance(damping, float):
-            damping = keras.saving.serialize_keras_object(damping)
-        config.update(
-            momentum=momentum,
-            damping=damping,
-            fisher=self.fisher,
-            factor_decay=self.factor_decay,
-            damping_split=self.block_options.damping_split,
-            curvature_update_period=self.refresh.curvature_period,
-            inverse_update_period=self.refresh.inverse_period,
-            refresh_growth=self.refresh.growth,
-            refresh_where=self.refresh.where,
-            quadratic_model=keras.saving.serialize_keras_object(
-                self.quadratic_model
-            ),
-            norm_constraint=self.norm_constraint,
-            block=_plain(self.block_options.block),
-            weight_sharing=_plain(self.block_options.weight_sharing),
-            max_factor_size=self.block_options.max_factor_size,
-            fallback=self.block_options.fallback,
-            log_statistics=self.log_statistics,
-            seed=self.seed,
-        )
-        return config
-
-
-def _plain(choices: Any) -> Any:
-    """Returns a copy of choices by pattern; names stay as they are."""
-    return choices if isinstance(choices, str) else dict(choices)
-
-
-def _length(automatic: bool, momentum: Any) -> StepLength:
-    if isinstance(momentum, dict):
-        momentum = keras.saving.deserialize_keras_object(momentum)
-    if isinstance(momentum, Spring):
-        return StepLength(automatic, 0.0, momentum.momentum)
-    if momentum == "auto":
-        return StepLength(automatic, None)
-    if is_number(momentum) and 0 <= momentum < 1:
-        return StepLength(automatic, float(momentum))
-    raise ValueError(
-        "`momentum` must be 'auto', a float in [0, 1) or a "
-        "keras_natgrad.Spring. "
-        f"Received: momentum={momentum!r}"
-    )
+    @property
+    def curvature(self) -> BlockDiagonal:
+        """The blocks of the network, once built."""
+        direction = self.engine.direction
+        assert isinstance(direction, BlockCurvature)
+        return direction.blocks

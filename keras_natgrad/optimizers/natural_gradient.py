@@ -2,39 +2,108 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
-from typing_extensions import override
 
-from keras_natgrad import _compat, replicas
+from keras_natgrad import _compat
 from keras_natgrad.checks import (
-    check_fraction,
     check_integer,
     check_positive,
     check_seed,
 )
+from keras_natgrad.curvature import WholeNetwork, WholeNetworkOptions
 from keras_natgrad.curvature.root_columns import COLUMN_KINDS
+from keras_natgrad.optimizers.base import CurvatureOptimizer
+from keras_natgrad.optimizers.engine import Parts
+from keras_natgrad.optimizers.observation import Verdict
 from keras_natgrad.optimizers.residuals import observe_residuals
-from keras_natgrad.optimizers.whole_network import WholeNetworkOptimizer
-from keras_natgrad.solvers import ConjugateGradient
+from keras_natgrad.optimizers.settings import Settings
+from keras_natgrad.solvers import ConjugateGradient, Solver
 from keras_natgrad.solvers import get as get_solver
 from keras_natgrad.step import (
+    Damping,
+    FixedStep,
     LevenbergMarquardt,
+    LineSearch,
+    SearchedStep,
+    Spring,
+    StepRejection,
+    StepRule,
     get_damping,
-    get_line_search,
+    get_learning_rate,
+    get_momentum,
+)
+
+# Exact solutions ask for a quadratic model that follows every step.
+_EXACT_DAMPING = LevenbergMarquardt(
+    relative=1.0, decay=0.5, period=1, minimum=1e-12, inverse_ratio=1.0
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class NaturalGradientSettings(Settings):
+    """The arguments of `NaturalGradient`, checked; see there."""
+
+    damping: Damping = _EXACT_DAMPING
+    solver: Solver | str = "auto"
+    momentum: float | Spring = 0.0
+    fisher: str = "exact"
+    norm_constraint: float | None = None
+    max_elements: int = 2**28
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fisher not in COLUMN_KINDS:
+            raise ValueError(
+                f"`fisher` must be one of {COLUMN_KINDS}. "
+                f"Received: fisher={self.fisher!r}"
+            )
+        if self.norm_constraint is not None:
+            check_positive("norm_constraint", self.norm_constraint)
+        check_integer("max_elements", self.max_elements, 1)
+        check_seed(self.seed)
+
+    def parts(self) -> Parts:
+        """Returns the parts of the engine."""
+        spring = momentum = 0.0
+        if isinstance(self.momentum, Spring):
+            spring = self.momentum.momentum
+        else:
+            momentum = self.momentum
+        rule: StepRule = FixedStep(momentum)
+        if isinstance(self.rate, StepRule):
+            rule = self.rate
+        if isinstance(self.rate, LineSearch):
+            rule = SearchedStep(self.rate, rule)
+        options = WholeNetworkOptions(
+            self.solver if isinstance(self.solver, Solver) else None,
+            self.fisher,
+            spring,
+            self.max_elements,
+            self.damping.is_zero,
+            self.seed,
+        )
+        return Parts(
+            direction=WholeNetwork(options),
+            rule=rule,
+            damping=self.damping,
+            norm_constraint=self.norm_constraint,
+            rejection=StepRejection(),
+            seed=self.seed,
+        )
+
+
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class NaturalGradient(WholeNetworkOptimizer):
+class NaturalGradient(CurvatureOptimizer):
     r"""The natural gradient with the exact Fisher of the whole network.
 
     Each step solves
 
-        (F + λI) φ = ∇ + λ μ φ₋₁,    θ ← θ − α φ,
+        (F + λI) φ = ∇,    θ ← θ + δ,    δ = −α φ + μ δ₋₁,
 
     with the Fisher `F = (1/N) Σ w_i J_iᵀ F_η,i J_i` of the batch, all layers
     coupled. For batches and networks of up to some thousands of columns
@@ -42,8 +111,9 @@ class NaturalGradient(WholeNetworkOptimizer):
     networks, nonlinear least squares, small probabilistic models.
     `minimize_residuals` trains on residuals without a Keras loss.
 
-    With a momentum μ this is SPRING: the previous direction is kept where the
-    batch says nothing about it.
+    With `momentum=keras_natgrad.Spring(μ)` the system is that of SPRING,
+    `(F + λI) φ = ∇ + λ μ φ₋₁`: the last direction is kept where the batch says
+    nothing about it.
 
     Args:
         learning_rate: α: a float, a
@@ -61,7 +131,8 @@ class NaturalGradient(WholeNetworkOptimizer):
             are fewer parameters than columns, else the kernel, conjugate
             gradients where neither fits into `max_elements`. Defaults to
             `"auto"`.
-        momentum: μ of SPRING, in [0, 1). Defaults to `0.0`.
+        momentum: μ, a float in [0, 1), or a `keras_natgrad.Spring`. Defaults
+            to `0.0`.
         fisher: `"exact"`, `"sampled"` (one target per position drawn from
             the model) or `"empirical"` (the observed targets; the mean of
             the outer products of the per-position gradients). Defaults to
@@ -98,7 +169,7 @@ class NaturalGradient(WholeNetworkOptimizer):
         learning_rate: Any = 1.0,
         damping: Any = "auto",
         solver: Any = "auto",
-        momentum: float = 0.0,
+        momentum: float | Spring = 0.0,
         fisher: str = "exact",
         norm_constraint: float | None = None,
         max_elements: int = 2**28,
@@ -107,34 +178,42 @@ class NaturalGradient(WholeNetworkOptimizer):
         name: str = "natural_gradient",
         **kwargs: Any,
     ) -> None:
-        search = get_line_search(learning_rate)
-        super().__init__(1.0 if search else learning_rate, name=name, **kwargs)
-        self._hide("line_search", search)
-        if damping == "auto":
-            # Exact solutions ask for a model that follows every step.
-            damping = LevenbergMarquardt(
-                relative=1.0,
-                decay=0.5,
-                period=1,
-                minimum=1e-12,
-                inverse_ratio=1.0,
-            )
-        self._hide("damping", get_damping(damping))
-        self._hide("solver", get_solver(solver))
-        self._hide("chosen_solver", self.solver)
-        self.momentum = check_fraction("momentum", momentum)
-        if fisher not in COLUMN_KINDS:
-            raise ValueError(
-                f"`fisher` must be one of {COLUMN_KINDS}. "
-                f"Received: fisher={fisher!r}"
-            )
-        self.fisher = fisher
-        if norm_constraint is not None:
-            norm_constraint = check_positive("norm_constraint", norm_constraint)
-        self.norm_constraint = norm_constraint
-        self.max_elements = check_integer("max_elements", max_elements, 1)
-        self.log_statistics = log_statistics
-        self.seed = check_seed(seed)
+        learning_rate, rate = get_learning_rate(learning_rate, False)
+        if isinstance(damping, str) and damping == "auto":
+            damping = _EXACT_DAMPING
+        settings = NaturalGradientSettings(
+            log_statistics=bool(log_statistics),
+            rate=rate,
+            damping=get_damping(damping),
+            solver=get_solver(solver) or "auto",
+            momentum=_momentum(momentum),
+            fisher=fisher,
+            norm_constraint=norm_constraint,
+            max_elements=max_elements,
+            seed=seed,
+        )
+        super().__init__(
+            learning_rate, settings, settings.parts(), name=name, **kwargs
+        )
+
+    @property
+    def chosen_solver(self) -> Solver | None:
+        """The solver in use, `None` before the first step chooses one."""
+        direction = self.engine.direction
+        assert isinstance(direction, WholeNetwork)
+        return direction.solver
+
+    # -- State -----------------------------------------------------------
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Creates the state; residuals need no model.
+
+        Args:
+            variables: The trainable variables, `keras.Variable`s.
+        """
+        super().build(variables)
+        if not self.engine.is_built:
+            self._build_engine(list(variables))
 
     # -- Residuals -------------------------------------------------------
 
@@ -189,34 +268,17 @@ class NaturalGradient(WholeNetworkOptimizer):
         if not self.built:
             self.build(variables)
         own = _compat.optimizer_variables(self)
-        needs_jacobian = not isinstance(self.solver, ConjugateGradient)
+        needs_jacobian = not isinstance(self.chosen_solver, ConjugateGradient)
         observation, gradients = observe_residuals(
             residuals, own, points, weights, needs_jacobian
         )
-        self.state.increment(batches=1)
-        self._observations[replicas.replica_key()] = observation
+        self._receive(Verdict(observation, tf.constant(False)))
         self.apply(gradients, own)
         return observation.loss
 
-    # -- Saving ----------------------------------------------------------
 
-    @override
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        serialize = keras.saving.serialize_keras_object
-        if self.line_search is not None:
-            config["learning_rate"] = serialize(self.line_search)
-        damping = self.damping
-        if not isinstance(damping, float):
-            damping = serialize(damping)
-        config.update(
-            damping=damping,
-            solver="auto" if self.solver is None else serialize(self.solver),
-            momentum=self.momentum,
-            fisher=self.fisher,
-            norm_constraint=self.norm_constraint,
-            max_elements=self.max_elements,
-            log_statistics=self.log_statistics,
-            seed=self.seed,
-        )
-        return config
+def _momentum(value: Any) -> float | Spring:
+    """Returns a momentum; there is no quadratic model to choose one."""
+    found = get_momentum(value, automatic=False)
+    assert not isinstance(found, str)
+    return found

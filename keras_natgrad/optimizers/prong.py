@@ -2,25 +2,91 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import keras
-from keras.optimizers.schedules import LearningRateSchedule
 from typing_extensions import override
 
-from keras_natgrad.capture import CurvatureTape, Plan
+from keras_natgrad.capture import CurvatureTape
 from keras_natgrad.checks import check_fraction
-from keras_natgrad.curvature import BlockOptions, OutputTerm
+from keras_natgrad.curvature import (
+    BlockCurvature,
+    BlockDiagonal,
+    BlockOptions,
+    CurvatureOptions,
+    OutputTerm,
+)
 from keras_natgrad.heads import LossWeight
 from keras_natgrad.heads.observed import ObservedLoss
-from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
-from keras_natgrad.step import QuadraticModel, Refresh, StepLength, get_damping
+from keras_natgrad.optimizers.base import CurvatureOptimizer
+from keras_natgrad.optimizers.engine import Parts
+from keras_natgrad.optimizers.refreshing import Refreshing
+from keras_natgrad.optimizers.settings import Settings
+from keras_natgrad.step import (
+    ConstantDamping,
+    Damping,
+    FixedStep,
+    QuadraticModel,
+    Refresh,
+    get_damping,
+)
 from keras_natgrad.training.loss_heads import LossHead
 
 
+@dataclasses.dataclass(frozen=True)
+class PRONGSettings(Settings):
+    """The arguments of `PRONG`, checked; see there."""
+
+    momentum: float = 0.0
+    damping: Damping = ConstantDamping(0.1)
+    relative_damping: bool = True
+    factor_decay: float = 0.95
+    curvature_update_period: int = 10
+    inverse_update_period: int = 100
+    refresh_growth: float | None = 0.15
+    weight_sharing: Any = "expand"
+    max_factor_size: int = 4096
+
+    def __post_init__(self) -> None:
+        check_fraction("momentum", self.momentum)
+        check_fraction("factor_decay", self.factor_decay)
+
+    def parts(self) -> Parts:
+        """Returns the parts of the engine."""
+        periods = Refresh(
+            self.curvature_update_period,
+            self.inverse_update_period,
+            self.refresh_growth,
+        )
+        blocks = BlockOptions(
+            "input_factor",
+            self.weight_sharing,
+            self.max_factor_size,
+            fallback="plain",
+            damp_bias=False,
+            relative_damping=self.relative_damping,
+        )
+        # No quadratic model, no cotangents: no loss but its gradient, and the
+        # curvature of a regularizer is not that of the inputs.
+        options = CurvatureOptions(
+            "propagated",
+            self.factor_decay,
+            periods,
+            QuadraticModel("exact"),
+            with_ridge=False,
+        )
+        return Parts(
+            direction=BlockCurvature(blocks, options, "no input factor"),
+            rule=FixedStep(float(self.momentum)),
+            damping=self.damping,
+            refreshing=Refreshing(periods),
+        )
+
+
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class PRONG(PreconditionedOptimizer):
+class PRONG(CurvatureOptimizer):
     r"""Projected natural gradient descent (natural neural networks).
 
     Each layer `a = W h + b` is trained as if it were `a = V U (h − μ) + d`,
@@ -101,36 +167,28 @@ class PRONG(PreconditionedOptimizer):
         name: str = "prong",
         **kwargs: Any,
     ) -> None:
-        super().__init__(learning_rate, name=name, **kwargs)
-        momentum = check_fraction("momentum", momentum)
-        self._hide("length", StepLength(False, momentum))
-        self._hide("damping", _damping(damping))
-        self.factor_decay = check_fraction("factor_decay", factor_decay)
-        self._hide(
-            "refresh",
-            Refresh(
-                curvature_update_period, inverse_update_period, refresh_growth
-            ),
+        settings = PRONGSettings(
+            log_statistics=bool(log_statistics),
+            momentum=momentum,
+            damping=_damping(damping),
+            relative_damping=bool(relative_damping),
+            factor_decay=factor_decay,
+            curvature_update_period=curvature_update_period,
+            inverse_update_period=inverse_update_period,
+            refresh_growth=refresh_growth,
+            weight_sharing=weight_sharing,
+            max_factor_size=max_factor_size,
         )
-        self._hide(
-            "block_options",
-            BlockOptions(
-                "input_factor",
-                weight_sharing,
-                max_factor_size,
-                fallback="plain",
-                damp_bias=False,
-                relative_damping=bool(relative_damping),
-            ),
+        super().__init__(
+            learning_rate, settings, settings.parts(), name=name, **kwargs
         )
-        self.log_statistics = log_statistics
-        # No quadratic model, no cotangents: no loss but its gradient.
-        self.fisher = "propagated"
-        self._hide("quadratic_model", QuadraticModel("exact"))
-        self.norm_constraint = None
-        self.seed = 0
-        self._hide("line_search", None)
-        self._hide("_velocities", [])
+
+    @property
+    def curvature(self) -> BlockDiagonal:
+        """The blocks of the network, once built."""
+        direction = self.engine.direction
+        assert isinstance(direction, BlockCurvature)
+        return direction.blocks
 
     # -- The loss ----------------------------------------------------------
 
@@ -162,46 +220,14 @@ class PRONG(PreconditionedOptimizer):
             )
         super().receive_curvature(tape, gradients, variables)
 
-    # -- State -------------------------------------------------------------
-
-    @override
-    def choose_layers(self, plan: Plan) -> Plan:
-        return plan.only_matrices("no input factor")
-
-    @override
-    def build_curvature(self, plan: Plan, variables: list[Any]) -> None:
-        super().build_curvature(plan, variables)
-        # The curvature of a regularizer is none of the inputs.
-        self._hide("_ridge", [0.0 for _ in variables])
-
-    @override
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        damping = self.damping
-        if not isinstance(damping, float):
-            damping = keras.saving.serialize_keras_object(damping)
-        config.update(
-            momentum=self.length.momentum,
-            damping=damping,
-            relative_damping=self.block_options.relative_damping,
-            factor_decay=self.factor_decay,
-            curvature_update_period=self.refresh.curvature_period,
-            inverse_update_period=self.refresh.inverse_period,
-            refresh_growth=self.refresh.growth,
-            weight_sharing=self.block_options.weight_sharing,
-            max_factor_size=self.block_options.max_factor_size,
-            log_statistics=self.log_statistics,
-        )
-        return config
-
 
 _UNUSED = "not needed: G = I"
 
 
-def _damping(value: Any) -> Any:
+def _damping(value: Any) -> Damping:
     """Returns a float or a schedule; there is no model to adapt it to."""
     found = None if value == "auto" else get_damping(value)
-    if isinstance(found, (float, LearningRateSchedule)):
+    if found is not None and not found.adapts:
         return found
     raise ValueError(
         "`damping` must be a non-negative float or a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -13,55 +14,19 @@ from keras_natgrad.curvature.residual_root import (
     TapeRoot,
     pointwise_jacobian,
 )
-from keras_natgrad.optimizers.observation import all_finite
+from keras_natgrad.optimizers.observation import Observation, all_finite
 from keras_natgrad.solvers import FisherRoot
 
 
-class ResidualTape:
-    """What a step needs to know of the loss; like a `CurvatureTape`.
-
-    Attributes:
-        loss: The loss before the step.
-        objective: Returns the loss at the current weights.
-    """
-
-    def __init__(
-        self, loss: tf.Tensor, objective: Callable[[], tf.Tensor]
-    ) -> None:
-        self.loss = loss
-        self.objective = objective
-
-
-class ResidualObservation:
+@dataclass(frozen=True)
+class ResidualObservation(Observation):
     """Residuals on their way to the step.
 
     Attributes:
-        factor: A of the residuals.
-        tape: `ResidualTape`.
-        is_finite: Scalar bool: residuals and gradients are finite.
-        surged: Scalar bool, never true.
+        root: R of the residuals.
     """
 
-    def __init__(
-        self,
-        factor: FisherRoot,
-        tape: ResidualTape,
-        fine: tf.Tensor,
-    ) -> None:
-        self.factor = factor
-        self.tape = tape
-        self.is_finite = fine
-        self.surged = tf.constant(False)
-
-    @property
-    def accepted(self) -> tf.Tensor:
-        """Scalar bool: a step is made."""
-        return self.is_finite
-
-    @property
-    def loss(self) -> tf.Tensor:
-        """The loss before the step."""
-        return self.tape.loss
+    root: FisherRoot
 
 
 def observe_residuals(
@@ -126,7 +91,7 @@ def observe_residuals(
 
     fine = all_finite(gradients) & tf.math.is_finite(loss)
     return (
-        ResidualObservation(factor, ResidualTape(loss, objective), fine),
+        ResidualObservation(loss, objective, fine, tf.constant(True), factor),
         gradients,
     )
 

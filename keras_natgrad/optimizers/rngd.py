@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import keras
-import tensorflow as tf
 from typing_extensions import override
 
-from keras_natgrad import _compat, replicas
-from keras_natgrad.capture import Plan, match_layers
 from keras_natgrad.checks import (
     check_fraction,
     check_period,
@@ -18,25 +15,84 @@ from keras_natgrad.checks import (
     is_number,
 )
 from keras_natgrad.curvature import BlockDiagonal
-from keras_natgrad.optimizers.observation import Observation
-from keras_natgrad.optimizers.preconditioned import PreconditionedOptimizer
+from keras_natgrad.optimizers.base import CurvatureOptimizer
+from keras_natgrad.optimizers.engine import Parts
+from keras_natgrad.optimizers.refreshing import RefreshingFirst
+from keras_natgrad.optimizers.settings import Settings
 from keras_natgrad.relative import (
     SHARED_METRICS,
     HorizonOptions,
     MetricSpec,
-    RelativeCurvature,
+    RelativeDirection,
+    RelativeOptions,
     ResponseOptions,
-    find_sources,
-    plan_metrics,
 )
-from keras_natgrad.step import QuadraticModel, Refresh, StepLength
+from keras_natgrad.step import ConstantDamping, FixedStep, Refresh
 
 # Damping of `"auto"` where a layer is measured by a response further on.
 _FAR_DAMPING = 1e-2
 
 
+@dataclasses.dataclass(frozen=True)
+class RNGDSettings(Settings):
+    """The arguments of `RNGD`, checked; see there."""
+
+    damping: float = 0.0
+    relative_damping: float = 1e-4
+    horizon: int | str = 1
+    ends: str = "metric"
+    metric_decay: float = 0.95
+    metric_update_period: int = 10
+    inverse_update_period: int = 100
+    refresh_growth: float | None = 0.15
+    identity_start: bool = False
+    softness: float = 1.0
+    noise_scale: float = 1.0
+    other_response: str | None = "gaussian"
+    max_metric_elements: int = 2**20
+    shared: str = "groups"
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fraction("metric_decay", self.metric_decay)
+        check_period("metric_update_period", self.metric_update_period)
+        check_positive("max_metric_elements", self.max_metric_elements)
+        if self.shared not in SHARED_METRICS:
+            raise ValueError(
+                f"`shared` must be one of {SHARED_METRICS}. "
+                f"Received: shared={self.shared!r}"
+            )
+        check_fraction("momentum", self.momentum)
+
+    def parts(self) -> Parts:
+        """Returns the parts of the engine."""
+        periods = Refresh(
+            self.metric_update_period,
+            self.inverse_update_period,
+            self.refresh_growth,
+        )
+        responses = ResponseOptions(
+            self.softness, self.noise_scale, self.other_response
+        )
+        options = RelativeOptions(
+            HorizonOptions(self.horizon, self.ends, responses),
+            self.relative_damping,
+            self.max_metric_elements,
+            self.shared,
+            self.identity_start,
+        )
+        return Parts(
+            direction=RelativeDirection(
+                options, float(self.metric_decay), periods
+            ),
+            rule=FixedStep(float(self.momentum)),
+            damping=ConstantDamping(self.damping),
+            refreshing=RefreshingFirst(periods, self.identity_start),
+        )
+
+
 @keras.saving.register_keras_serializable(package="keras_natgrad")
-class RNGD(PreconditionedOptimizer):
+class RNGD(CurvatureOptimizer):
     r"""Relative natural gradient descent (Sun & Nielsen 2017).
 
     A layer is treated as a system of its own: given its input x̃, how do its
@@ -157,184 +213,51 @@ class RNGD(PreconditionedOptimizer):
         name: str = "rngd",
         **kwargs: Any,
     ) -> None:
-        super().__init__(learning_rate, name=name, **kwargs)
         if damping == "auto":
             damping = 0.0 if horizon == 1 else _FAR_DAMPING
-        self._hide("damping", _check_damping("damping", damping))
-        self.relative_damping = _check_damping(
-            "relative_damping", relative_damping
-        )
-        responses = ResponseOptions(softness, noise_scale, other_response)
-        self._hide("horizon_options", HorizonOptions(horizon, ends, responses))
-        self.factor_decay = check_fraction("metric_decay", metric_decay)
-        check_period("metric_update_period", metric_update_period)
-        self._hide(
-            "refresh",
-            Refresh(
-                metric_update_period, inverse_update_period, refresh_growth
+        settings = RNGDSettings(
+            log_statistics=bool(log_statistics),
+            damping=_check_damping("damping", damping),
+            relative_damping=_check_damping(
+                "relative_damping", relative_damping
             ),
+            horizon=horizon,
+            ends=ends,
+            metric_decay=metric_decay,
+            metric_update_period=metric_update_period,
+            inverse_update_period=inverse_update_period,
+            refresh_growth=refresh_growth,
+            identity_start=bool(identity_start),
+            softness=softness,
+            noise_scale=noise_scale,
+            other_response=other_response,
+            max_metric_elements=max_metric_elements,
+            shared=shared,
+            momentum=momentum,
         )
-        self.identity_start = bool(identity_start)
-        check_positive("max_metric_elements", max_metric_elements)
-        self.max_metric_elements = max_metric_elements
-        if shared not in SHARED_METRICS:
-            raise ValueError(
-                f"`shared` must be one of {SHARED_METRICS}. "
-                f"Received: shared={shared!r}"
-            )
-        self.shared = shared
-        momentum = check_fraction("momentum", momentum)
-        self._hide("length", StepLength(False, momentum))
-        self.log_statistics = log_statistics
-        self.fisher = "exact"
-        self._hide("quadratic_model", QuadraticModel("exact"))
-        self.norm_constraint = None
-        self.line_search = None
-        self.seed = 0
-        self._hide("_velocities", [])
-        self._hide("_specs", None)
-        self._hide("_sources", None)
-
-    # -- State -----------------------------------------------------------
-
-    @override
-    def choose_layers(self, plan: Plan) -> Plan:
-        return plan.only_matrices("no metric of its own")
-
-    @override
-    def attach(
-        self,
-        model: keras.Model,
-        head: Any = None,
-        exclude: Sequence[Any] | None = None,
-    ) -> Any:
-        self._hide("_sources", None)
-        return super().attach(model, head, exclude)
-
-    @override
-    def make_blocks(
-        self, plan: Plan, shapes: Sequence[tuple[int, ...]]
-    ) -> BlockDiagonal:
-        if self._model_reference is not None:
-            specs = plan_metrics(
-                plan,
-                self._find_sources(),
-                self.max_metric_elements,
-                self.shared,
-            )
-            self._hide("_specs", specs)
-        return RelativeCurvature(
-            plan,
-            shapes,
-            self._specs,
-            self.relative_damping,
-            self.identity_start,
+        super().__init__(
+            learning_rate, settings, settings.parts(), name=name, **kwargs
         )
 
-    def _find_sources(self) -> Any:
-        """Returns what the metric of every layer of the plan is made of."""
-        if self._sources is None:
-            model = self.attached_model()
-            variables = _compat.optimizer_variables(self)
-            found = match_layers(self._plan, model, variables)
-            layers = [layer for layer, _ in found]
-            self._hide(
-                "_sources", find_sources(model, layers, self.horizon_options)
-            )
-        return self._sources
+    @property
+    def curvature(self) -> BlockDiagonal:
+        """The blocks of the network, once built."""
+        return self._direction.blocks
 
-    # -- One step --------------------------------------------------------
-
-    @override
-    def observe(self, observation: Observation) -> None:
-        """Inverts what earlier batches said, then adds what this one says."""
-        batches = self.state.count("batches")
-        updates = self.state.count("curvature_updates")
-        started = self.identity_start | (updates > 0)
-        due = self.refresh.is_due(batches, self.state.refresh_at.value)
-        self._set_damping([], observation.loss)
-        self._refresh_if(due & started & observation.accepted, self._refresh)
-
-        def update() -> tf.Tensor:
-            assert isinstance(self.curvature, RelativeCurvature)
-            captured = self._capture(observation)
-            statistics = self.curvature.relative_statistics(
-                captured,
-                self._find_sources(),
-                observation.tape.taps,
-                replicas.replica_seed(
-                    tf.stack([tf.constant(self.seed, tf.int32), batches])
-                ),
-            )
-            self.curvature.accumulate(
-                statistics, self.factor_decay, keep_finite=True
-            )
-            self.state.increment(curvature_updates=1)
-            self.state.update_at.assign(
-                self.refresh.next_due(batches, self.refresh.curvature_period)
-            )
-            return tf.constant(0)
-
-        due = self.refresh.is_due(batches, self.state.update_at.value)
-        tf.cond(due & observation.accepted, update, lambda: tf.constant(0))
-        self.state.increment(batches=1)
-
-    @override
-    def curvature_step(
-        self,
-        observation: Observation,
-        gradients: Sequence[tf.Tensor],
-        learning_rate: Any,
-    ) -> None:
-        # Without a start at the identity there is no inverse before the first
-        # batch, and that of the first batch has to do.
-        first = tf.equal(self.state.count("refreshes"), 0)
-        self._refresh_if(first, self._refresh)
-        matrices = self.curvature.to_matrices(gradients)
-        solved = self.curvature.precondition(matrices)
-        rate = tf.cast(learning_rate, self.curvature_dtype)
-        momentum = tf.constant(self.length.momentum, rate.dtype)
-        self._move(solved, tf.stack([rate, momentum]))
-        self.state.note(learning_rate=rate, momentum=momentum)
-
-    @override
-    def _refresh(self) -> tf.Tensor:
-        retries, failures = self.curvature.refresh(
-            self.inverse_damping(), self._ridge, replicas.refresh_devices()
-        )
-        self.state.increment(refreshes=1, retries=retries, failures=failures)
-        batches = self.state.count("batches")
-        self.state.refresh_at.assign(
-            self.refresh.next_due(batches, self.refresh.inverse_period)
-        )
-        return tf.constant(0)
+    @property
+    def _direction(self) -> RelativeDirection:
+        direction = self.engine.direction
+        assert isinstance(direction, RelativeDirection)
+        return direction
 
     # -- Saving ----------------------------------------------------------
 
     @override
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        options = self.horizon_options
-        config.update(
-            damping=self.damping,
-            relative_damping=self.relative_damping,
-            horizon=options.horizon,
-            ends=options.ends,
-            metric_decay=self.factor_decay,
-            metric_update_period=self.refresh.curvature_period,
-            inverse_update_period=self.refresh.inverse_period,
-            refresh_growth=self.refresh.growth,
-            identity_start=self.identity_start,
-            softness=options.responses.softness,
-            noise_scale=options.responses.noise_scale,
-            other_response=options.responses.other_response,
-            max_metric_elements=self.max_metric_elements,
-            shared=self.shared,
-            momentum=self.length.momentum,
-            log_statistics=self.log_statistics,
-        )
-        if self._specs is not None:
-            config["metrics"] = [spec.get_config() for spec in self._specs]
+        specs = self._direction.specs
+        if specs is not None:
+            config["metrics"] = [spec.get_config() for spec in specs]
         return config
 
     @override
@@ -346,7 +269,8 @@ class RNGD(PreconditionedOptimizer):
         metrics = config.pop("metrics", None)
         optimizer = super().from_config(config, custom_objects=custom_objects)
         if metrics is not None:
-            optimizer._hide("_specs", [MetricSpec(**spec) for spec in metrics])
+            specs = [MetricSpec(**spec) for spec in metrics]
+            optimizer._direction.specs = specs
         return optimizer
 
 

@@ -10,8 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keras_natgrad import _compat
 from keras_natgrad.blocks import Block
-from keras_natgrad.curvature import BlockDiagonal
+from keras_natgrad.capture.positions import known_positions
+from keras_natgrad.curvature import (
+    BlockCurvature,
+    BlockDiagonal,
+    WholeNetwork,
+)
 from keras_natgrad.solvers import Solver
 
 _COLUMNS = (
@@ -25,6 +31,22 @@ _COLUMNS = (
 _WIDTH = 120
 # Blocks that leave the gradient's direction as it is.
 _FIRST_ORDER = ("first_order", "identity")
+
+
+def render(optimizer: Any) -> str:
+    """Returns the summary of a built optimizer as text.
+
+    Args:
+        optimizer: A `CurvatureOptimizer` that is attached to a model.
+    """
+    direction, plan = optimizer.engine.direction, optimizer.attachment.plan
+    variables = _compat.optimizer_variables(optimizer)
+    own, losses = optimizer.model_variables(variables), optimizer.loss_rows()
+    if isinstance(direction, BlockCurvature):
+        positions = known_positions(plan, optimizer.attached_model(), own)
+        return render_table(direction.blocks, variables, losses, positions)
+    assert isinstance(direction, WholeNetwork)
+    return render_solver(direction.layers, variables, direction.solver, losses)
 
 
 def table_rows(
@@ -44,10 +66,9 @@ def table_rows(
     reasons = dict(
         zip(curvature.plan.fallback, curvature.plan.reasons, strict=True)
     )
-    missing = len(curvature.entries) - len(positions)
-    for entry, shared in zip(
-        curvature.entries, [*positions, *[None] * missing], strict=True
-    ):
+    known = dict(enumerate(positions))
+    for entry in curvature.in_plan_order:
+        shared = None if entry.layer is None else known.get(entry.position)
         approximation = entry.block.describe()
         if entry.layer is not None:
             name = f"{entry.layer.path} ({entry.layer.layer_class})"
@@ -134,7 +155,7 @@ def render_solver(
     table = Table(title="Layers of the exact Fisher")
     for column in ("Layer", "Shape", "Columns of A"):
         table.add_column(column, overflow="fold")
-    for entry in layers.entries:
+    for entry in layers.in_plan_order:
         shape = entry.block.shape
         captured = entry.layer is not None
         name = variables[entry.variables[0]].path

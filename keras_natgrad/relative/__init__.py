@@ -6,6 +6,7 @@ from keras_natgrad.relative.curvature import (
     RelativeCurvature,
     plan_metrics,
 )
+from keras_natgrad.relative.direction import RelativeDirection, RelativeOptions
 from keras_natgrad.relative.responses import ResponseOptions
 from keras_natgrad.relative.sources import HorizonOptions, find_sources
 
@@ -14,6 +15,8 @@ __all__ = [
     "HorizonOptions",
     "MetricSpec",
     "RelativeCurvature",
+    "RelativeDirection",
+    "RelativeOptions",
     "ResponseOptions",
     "find_sources",
     "plan_metrics",

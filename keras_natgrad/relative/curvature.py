@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,15 +21,12 @@ from keras_natgrad.blocks import (
     UnitMetricBlock,
     UnitwiseBlock,
 )
+from keras_natgrad.blocks.base import Statistics
 from keras_natgrad.capture import Plan, Taps
 from keras_natgrad.curvature.assignment import BlockOptions, Entry
 from keras_natgrad.curvature.captured_pass import CapturedPass
-from keras_natgrad.curvature.cotangents import OutputTerm
-from keras_natgrad.curvature.estimator import (
-    BlockDiagonal,
-    Statistics,
-    sum_over_columns,
-)
+from keras_natgrad.curvature.cotangents import OutputTerm, sum_over_columns
+from keras_natgrad.curvature.estimator import BlockDiagonal
 from keras_natgrad.heads.tensors import as_parameters
 from keras_natgrad.linalg import to_dense
 from keras_natgrad.relative.sources import Source
@@ -128,25 +126,27 @@ class RelativeCurvature(BlockDiagonal):
         self, shapes: Sequence[tuple[int, ...]], options: BlockOptions
     ) -> list[Entry]:
         entries = []
-        for layer, spec in zip(self.plan.layers, self._specs, strict=True):
+        for position, (layer, spec) in enumerate(
+            zip(self.plan.layers, self._specs, strict=True)
+        ):
             shape = BlockShape(layer.layout.rows, layer.layout.columns)
+            block = self._metric_block(spec).bind(shape)
             entries.append(
-                Entry(self._metric_block(shape, spec), layer.variables, layer)
+                Entry(block, layer.variables, layer, position=position)
             )
-        for index in self.plan.fallback:
+        for position, index in enumerate(self.plan.fallback):
             own = tuple(shapes[index])
-            size = int(tf.TensorShape(own).num_elements())
-            block: Block = IdentityBlock(BlockShape(size, 1))
-            entries.append(Entry(block, (index,), None, own))
+            identity = IdentityBlock().bind(BlockShape(math.prod(own), 1))
+            entries.append(Entry(identity, (index,), None, own, position))
         return entries
 
-    def _metric_block(self, shape: BlockShape, spec: MetricSpec) -> Block:
+    def _metric_block(self, spec: MetricSpec) -> Block:
         options: dict[str, Any] = {**self._options, "response": spec.response}
         if spec.block == "coupled":
-            return CoupledBlock(shape, **options)
+            return CoupledBlock(**options)
         if spec.block == "eigen_shared":
-            return EigenSharedBlock(shape, **options)
-        return UnitwiseBlock(shape, spec.groups, **options)
+            return EigenSharedBlock(**options)
+        return UnitwiseBlock(spec.groups, **options)
 
     # -- Statistics ------------------------------------------------------
 
@@ -156,8 +156,8 @@ class RelativeCurvature(BlockDiagonal):
         sources: Sequence[Source],
         taps: Taps,
         seed: tf.Tensor,
-    ) -> Statistics:
-        """Returns the statistics of one batch, one tuple per entry.
+    ) -> list[Statistics]:
+        """Returns the statistics of one batch, those of every stack.
 
         Per example every metric is `V ⊗ x̃ x̃ᵀ`. A response of the layer's own
         independent units gives `V = diag(ν(z))` without a backward pass; any
@@ -169,7 +169,7 @@ class RelativeCurvature(BlockDiagonal):
             taps: The `Taps` of the pass.
             seed: int32 `[2]`.
         """
-        found: list[Any] = [()] * len(self.entries)
+        found: list[Statistics] = [{} for _ in self.entries]
         weights = tf.math.divide_no_nan(
             captured.weights, tf.reduce_sum(captured.weights)
         )
@@ -194,7 +194,7 @@ class RelativeCurvature(BlockDiagonal):
                 strict=True,
             ):
                 found[index] = statistics
-        return found
+        return self.stacked(found)
 
     def _own(
         self,
@@ -202,7 +202,7 @@ class RelativeCurvature(BlockDiagonal):
         index: int,
         source: Source,
         weights: tf.Tensor,
-    ) -> tuple[tf.Tensor, ...]:
+    ) -> Statistics:
         """Returns the metric of independent units, or of the inputs."""
         entry, inputs = captured.captured[index], captured.inputs[index]
         block, record = entry.block, captured.records[index]
@@ -240,8 +240,10 @@ class RelativeCurvature(BlockDiagonal):
         """Recomputes every inverse; a regularizer is no part of a metric."""
         return self.refresh_blocks(
             [
-                tf.ones_like(damping) if entry.layer is None else damping
-                for entry in self.entries
+                tf.ones_like(damping)
+                if stack.entries[0].layer is None
+                else damping
+                for stack in self.stacks
             ],
             None,
             devices,
@@ -287,9 +289,7 @@ def _is_output(captured: CapturedPass, index: int) -> bool:
     return found is use and use.shape.rank == 2 and use.shape[-1] == columns
 
 
-def _output_statistics(
-    captured: CapturedPass, index: int
-) -> tuple[tf.Tensor, ...]:
+def _output_statistics(captured: CapturedPass, index: int) -> Statistics:
     """Returns the metric of the layer that makes the output, `V = c F_η`.
 
     The sum over the columns that `_far_statistics` would send back.
@@ -303,7 +303,7 @@ def _output_statistics(
         block.dtype,
     )
     inputs = to_dense(captured.inputs[index])[:, 0]
-    statistics: tuple[tf.Tensor, ...] = block.metrics_of(
+    statistics: Statistics = block.metrics_of(
         inputs, block.moment_of(information)
     )
     return statistics
@@ -314,7 +314,7 @@ def _far_statistics(
     terms: Sequence[OutputTerm],
     members: Sequence[int],
     seed: tf.Tensor,
-) -> list[tuple[tf.Tensor, ...]]:
+) -> list[Statistics]:
     """Sends all columns of the terms' factors back to some layers."""
     blocks: list[Any] = [captured.captured[index].block for index in members]
     inputs = [to_dense(captured.inputs[index]) for index in members]

@@ -1,4 +1,8 @@
-"""Arithmetic on directions: lists of matrices, one per block."""
+"""Arithmetic on directions: a tensor `[layers, ...]` for every stack.
+
+Layers of one shape are stacked (see `curvature.Stack`); what is one number per
+layer is in the order of the stacks.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,11 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_natgrad.linalg import scalar
-
 Direction = Sequence[tf.Tensor]
 
 
 class Ridge(NamedTuple):
-    """Curvature of the L2 regularizers on the rows of a block's matrix.
+    """Curvature of the L2 regularizers on the rows of a layer's matrix.
 
     Attributes:
         rest: Of all rows but the last.
@@ -26,8 +28,9 @@ class Ridge(NamedTuple):
 
 
 def dots(left: Direction, right: Direction) -> tf.Tensor:
-    """Returns the inner product of every block, `[blocks]`."""
-    return tf.stack([_inner(a, b) for a, b in zip(left, right, strict=True)])
+    """Returns the inner product of every layer, `[layers]`."""
+    parts = [_inner(a, b) for a, b in zip(left, right, strict=True)]
+    return tf.concat(parts, axis=0)
 
 
 def pad(values: tf.Tensor, size: int) -> tf.Tensor:
@@ -48,29 +51,27 @@ def ridge_gram(
     Args:
         directions: One or two directions.
         damping: Scalar λ.
-        ridge: `Ridge` of every block.
-        metrics: The diagonal D of every block, see `metric_dots`.
-        by_layer: Whether every block of the first direction is a direction
-            of its own.
+        ridge: `Ridge` of every layer.
+        metrics: The diagonal D of every stack, see `metric_dots`.
+        by_layer: Whether every layer's part of the first direction is a
+            direction of its own.
 
     Returns:
-        Tensor `[2, 2]`, or `[blocks + 1, blocks + 1]`, padded with zeros.
+        Tensor `[2, 2]`, or `[layers + 1, layers + 1]`, padded with zeros.
     """
 
     def entries(left: Direction, right: Direction) -> tf.Tensor:
         found = damping * metric_dots(left, right, metrics)
-        if not any(own.rest or own.last for own in ridge):
-            return found
-        parts = []
-        for a, b, own in zip(left, right, ridge, strict=True):
-            part = tf.zeros([], a.dtype)
-            if own.rest:
-                part += scalar(own.rest, a.dtype) * _inner(a, b)
-            if own.last != own.rest:
-                extra = scalar(own.last - own.rest, a.dtype)
-                part += extra * _inner(a[..., -1, :], b[..., -1, :])
-            parts.append(part)
-        return found + tf.stack(parts)
+        if any(own.rest for own in ridge):
+            rest = tf.constant([own.rest for own in ridge], found.dtype)
+            found += rest * dots(left, right)
+        if any(own.last != own.rest for own in ridge):
+            extra = [own.last - own.rest for own in ridge]
+            last = dots(
+                [a[..., -1, :] for a in left], [b[..., -1, :] for b in right]
+            )
+            found += tf.constant(extra, found.dtype) * last
+        return found
 
     first, *others = directions
     own = entries(first, first)
@@ -92,16 +93,16 @@ def ridge_gram(
 def metric_dots(
     left: Direction, right: Direction, metrics: Sequence[tf.Tensor | None]
 ) -> tf.Tensor:
-    """Returns `δ_iᵀ D δ_j` of every block, D the metric of the damping.
+    """Returns `δ_iᵀ D δ_j` of every layer, D the metric of the damping.
 
     Args:
         left: One direction.
         right: Another.
-        metrics: Per block a tensor `[rows]`, the entries of D for the rows of
-            its matrix; `None` for the identity.
+        metrics: Per stack a tensor `[layers, rows]`, the entries of D for the
+            rows of the matrices; `None` for the identity.
 
     Returns:
-        Tensor `[blocks]`.
+        Tensor `[layers]`.
     """
     found = []
     for a, b, rows in zip(left, right, metrics, strict=True):
@@ -109,18 +110,19 @@ def metric_dots(
             found.append(_inner(a, b))
         else:
             products = tf.reduce_sum(a * b, axis=-1)
-            found.append(tf.reduce_sum(rows * products))
-    return tf.stack(found)
+            found.append(tf.reduce_sum(rows * products, axis=-1))
+    return tf.concat(found, axis=0)
 
 
 def in_metric(matrix: tf.Tensor, rows: tf.Tensor | None) -> tf.Tensor:
     """Returns `D δ` for the diagonal metric D of a block's damping.
 
     Args:
-        matrix: Tensor `[..., rows, columns]`.
-        rows: Tensor `[rows]`, the entries of D; `None` for the identity.
+        matrix: Tensor `[layers, rows, columns]`.
+        rows: Tensor `[layers, rows]`, the entries of D; `None` for the
+            identity.
     """
-    return matrix if rows is None else rows[:, tf.newaxis] * matrix
+    return matrix if rows is None else rows[..., tf.newaxis] * matrix
 
 
 def l2_curvature(regularizer: Any) -> float:
@@ -136,10 +138,14 @@ def l2_curvature(regularizer: Any) -> float:
 
 
 def _inner(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-    """Returns Σ a b; a fused kernel squares without a product tensor."""
+    """Returns Σ a b of every layer, `[layers]`."""
+    axes = list(range(1, left.shape.rank))
     if left is right:
-        return 2 * tf.nn.l2_loss(left)
-    return tf.reduce_sum(left * right)
+        if left.shape[0] == 1:
+            # A fused kernel squares without a product tensor.
+            return tf.reshape(2 * tf.nn.l2_loss(left), [1])
+        return tf.reduce_sum(tf.square(left), axis=axes)
+    return tf.reduce_sum(left * right, axis=axes)
 
 
 def _total(values: tf.Tensor) -> tf.Tensor:

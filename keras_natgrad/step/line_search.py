@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_natgrad.checks import check_period, is_number
+from keras_natgrad.step.coefficients import Decision, QuadraticForm
+from keras_natgrad.step.direction import Vector
+from keras_natgrad.step.rule import Needs, Situation, StepRule
+from keras_natgrad.step.state import StateFactory
+from keras_natgrad.step.trial import TrialStep
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -91,17 +96,80 @@ class LineSearch:
         return cls(**config)
 
 
-def get(identifier: Any) -> LineSearch | None:
-    """Returns a `LineSearch` from itself or its config, else `None`.
+@dataclass(frozen=True)
+class SearchedStep(StepRule):
+    """Another rule, with the rate that a `LineSearch` finds along Δ.
 
-    Raises:
-        ValueError: If it is the class.
+    The search is made before any momentum is added, and its rate multiplies
+    that of the optimizer.
+
+    Args:
+        search: `LineSearch`.
+        inner: The rule that gets the rate.
     """
-    if identifier is LineSearch:
-        raise ValueError(
-            "`learning_rate` must be an instance of LineSearch: write "
-            f"`keras_natgrad.LineSearch()`. Received: {identifier!r}"
+
+    search: LineSearch
+    inner: StepRule
+
+    @property
+    def needs(self) -> Needs:
+        """What the inner rule needs, and the loss at other weights."""
+        return self.inner.needs._replace(objective=True)
+
+    @property
+    def spring(self) -> float:
+        """That of the inner rule."""
+        return self.inner.spring
+
+    def build(self, shapes: Sequence[Any], factory: StateFactory) -> Any:
+        """Creates what the inner rule remembers."""
+        return self.inner.build(shapes, factory)
+
+    def pull(
+        self, memory: Any, gradient: Vector, situation: Situation
+    ) -> Vector:
+        """Returns what the inner rule makes of the gradient."""
+        return self.inner.pull(memory, gradient, situation)
+
+    def direct(
+        self, memory: Any, solved: Vector, situation: Situation
+    ) -> Vector:
+        """Returns the direction of the inner rule."""
+        return self.inner.direct(memory, solved, situation)
+
+    def coefficients(
+        self,
+        memory: Any,
+        direction: Vector,
+        form: QuadraticForm | None,
+        situation: Situation,
+    ) -> tf.Tensor:
+        """Returns the coefficients of the inner rule at the best rate."""
+        situation = self._searched(direction, situation)
+        return self.inner.coefficients(memory, direction, form, situation)
+
+    def decide(
+        self,
+        memory: Any,
+        direction: Vector,
+        form: QuadraticForm | None,
+        situation: Situation,
+    ) -> Decision:
+        """Returns the decision of the inner rule at the best rate."""
+        situation = self._searched(direction, situation)
+        return self.inner.decide(memory, direction, form, situation)
+
+    def _searched(self, direction: Vector, situation: Situation) -> Situation:
+        """Returns the situation with the best rate along −Δ on the batch."""
+        if situation.objective is None:
+            return situation
+        dtype = direction[0].dtype
+        trial = TrialStep(
+            situation.variables,
+            situation.here.to_tensors(direction),
+            situation.objective,
         )
-    if isinstance(identifier, dict):
-        identifier = keras.saving.deserialize_keras_object(identifier)
-    return identifier if isinstance(identifier, LineSearch) else None
+        loss = tf.cast(situation.loss, dtype)
+        found, _ = self.search.search(trial.evaluate, loss)
+        trial.take_back(tf.constant(True))
+        return replace(situation, learning_rate=situation.learning_rate * found)

@@ -1,219 +1,28 @@
-"""The quadratic model of the loss: its averaged curvature and its minimum."""
+"""The quadratic model of the loss, and the step that minimises it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_natgrad.checks import check_period, is_number
-from keras_natgrad.linalg import scalar
-from keras_natgrad.step.refresh import Refresh
-
-# Two directions whose normalised Gram determinant is below this are parallel
-# to rounding, and the second one is left out.
-_PARALLEL = 1e-6
-# Largest momentum that the quadratic model may choose.
-_MOST_MOMENTUM = 1.0
-# Largest ratio of a layer's rate to the common one, and of that to the layer's.
-_SPREAD = 3.0
-
-
-@dataclass(frozen=True)
-class StepLength:
-    """How the update `δ = α Δ + μ δ₋₁` gets its two coefficients.
-
-    Attributes:
-        automatic_rate: α from the quadratic model.
-        momentum: μ, or `None` for μ from the quadratic model.
-        spring: μ of SPRING, which is part of Δ; zero for none. The momentum is
-            zero then.
-    """
-
-    automatic_rate: bool
-    momentum: float | None
-    spring: float = 0.0
-
-    @property
-    def needs_model(self) -> bool:
-        """Whether any coefficient comes from the quadratic model."""
-        return self.automatic_rate or self.momentum is None
-
-
-def quadratic_coefficients(
-    gram: tf.Tensor,
-    slopes: tf.Tensor,
-    length: StepLength,
-    learning_rate: tf.Tensor,
-) -> tf.Tensor:
-    """Returns (α, μ) that minimise the quadratic model, as far as free.
-
-    The model of the loss change along `c₁ Δ + c₂ δ₋₁` is
-
-        M(c) = bᵀ c + ½ cᵀ Q c,   b = (∇ᵀΔ, ∇ᵀδ₋₁),   Q_ij = δ_iᵀ (F + λI) δ_j
-
-    (Martens & Grosse 2015, section 7). Free coefficients minimise it with
-    the given ones held. A previous update of zero (the first step), or one
-    parallel to Δ, gets no weight of its own.
-
-    Args:
-        gram: Tensor `[2, 2]`, Q.
-        slopes: Tensor `[2]`, b.
-        length: Which coefficients are free.
-        learning_rate: Scalar. The value of α where it is not free.
-
-    Returns:
-        Tensor `[2]`.
-    """
-    rate = tf.cast(learning_rate, gram.dtype)
-    if length.automatic_rate and length.momentum is None:
-        return _both(gram, slopes)
-    if length.automatic_rate:
-        momentum = tf.constant(length.momentum, gram.dtype)
-        rate = -_divide(slopes[0] + gram[0, 1] * momentum, gram[0, 0])
-        return tf.stack([rate, momentum])
-    if length.momentum is None:
-        momentum = -_divide(slopes[1] + gram[0, 1] * rate, gram[1, 1])
-        return tf.stack([rate, momentum])
-    return tf.stack([rate, tf.constant(length.momentum, gram.dtype)])
-
-
-def layer_coefficients(
-    gram: tf.Tensor,
-    slopes: tf.Tensor,
-    length: StepLength,
-    learning_rate: tf.Tensor,
-    samples: tf.Tensor | float,
-) -> tf.Tensor:
-    """Returns (α₁, …, α_L, μ): a rate for each layer's part of Δ.
-
-    `quadratic_coefficients` gives the best common α, and μ. Around them each
-    layer's rate `α + e_l` minimises
-
-        M(c) + ½ (1 + 2 L/n) Σ_l Q_ll e_l²,
-
-    with the model M of `quadratic_coefficients` along the parts Δ_l and
-    δ₋₁. The inverse of each block is right only up to a factor, and does not
-    know the other layers; both show in M. The second term, as large as the
-    layers' own part in the curvature of M, keeps in check what the few
-    examples of a batch say of so many coefficients. Where Q is the mean over n
-    samples, the slope of M along one layer has the variance of L others that
-    are as large, over n. Wiener's factor for signal and noise in that ratio,
-    1/(1 + L/n), is that of e with L/n in the second term. A layer with a part
-    of zero has the common rate.
-
-    A layer that is coupled to the others and has little slope of its own may
-    still get many times the common rate, or a negative one, which takes it up
-    its own gradient. So no rate is outside [α/3, 3α].
-
-    Args:
-        gram: Tensor `[L + 1, L + 1]`, Q, with δ₋₁ last.
-        slopes: Tensor `[L + 1]`, b.
-        length: `StepLength`, with the rate free.
-        learning_rate: Scalar.
-        samples: n, scalar.
-
-    Returns:
-        Tensor `[L + 1]`.
-    """
-    layers = int(gram.shape[0]) - 1
-    common = quadratic_coefficients(
-        of_all_layers(gram), of_all_layers(slopes), length, learning_rate
-    )
-    rates = for_each_layer(common, layers)
-    slope = (slopes + tf.linalg.matvec(gram, rates))[:layers]
-    own = gram[:layers, :layers]
-    # In units of √Q_ll the equations are (Q + k diag Q) e = −slope with a unit
-    # diagonal: the matrix has no eigenvalue below k = 1 + 2 L/n.
-    unit = tf.math.reciprocal_no_nan(tf.sqrt(tf.linalg.diag_part(own)))
-    identity = tf.eye(layers, dtype=own.dtype)
-    weight = 1 + 2 * layers / tf.cast(samples, own.dtype)
-    matrix = own * unit * unit[:, tf.newaxis] + weight * identity
-    finite = tf.math.is_finite(tf.reduce_sum(matrix))
-    matrix = tf.where(finite, matrix, identity)
-    deviations = -unit * tf.squeeze(
-        tf.linalg.cholesky_solve(
-            tf.linalg.cholesky(matrix), (unit * slope)[:, tf.newaxis]
-        ),
-        axis=1,
-    )
-    # With both coefficients free, α may be negative.
-    bounds = tf.stack([common[0] / _SPREAD, common[0] * _SPREAD])
-    found = tf.clip_by_value(
-        common[0] + deviations, tf.reduce_min(bounds), tf.reduce_max(bounds)
-    )
-    return tf.concat([found, common[1:]], axis=0)
-
-
-def of_all_layers(values: tf.Tensor) -> tf.Tensor:
-    """Returns products with Δ and δ₋₁, from those with the parts of Δ.
-
-    Args:
-        values: Tensor `[L + 1]` or `[L + 1, L + 1]`, with δ₋₁ last.
-
-    Returns:
-        Tensor `[2]` or `[2, 2]`.
-    """
-    for axis in range(values.shape.rank):
-        layers, last = tf.split(values, [values.shape[axis] - 1, 1], axis=axis)
-        total = tf.reduce_sum(layers, axis=axis, keepdims=True)
-        values = tf.concat([total, last], axis=axis)
-    return values
-
-
-def for_each_layer(coefficients: tf.Tensor, layers: int) -> tf.Tensor:
-    """Returns the coefficients of L parts of Δ, all with its rate, and δ₋₁."""
-    rates = tf.fill([layers], coefficients[0])
-    return tf.concat([rates, coefficients[1:]], axis=0)
-
-
-def model_change(
-    gram: tf.Tensor, slopes: tf.Tensor, coefficients: tf.Tensor
-) -> tf.Tensor:
-    """Returns the predicted loss change M(c)."""
-    curvature = tf.linalg.matvec(gram, coefficients)
-    return tf.tensordot(slopes + 0.5 * curvature, coefficients, axes=1)
-
-
-def quadratic_form(gram: tf.Tensor, coefficients: tf.Tensor) -> tf.Tensor:
-    """Returns `cᵀ Q c`."""
-    curvature = tf.linalg.matvec(gram, coefficients)
-    return tf.tensordot(coefficients, curvature, axes=1)
-
-
-def _both(gram: tf.Tensor, slopes: tf.Tensor) -> tf.Tensor:
-    product = gram[0, 0] * gram[1, 1]
-    determinant = product - gram[0, 1] ** 2
-    usable = determinant > _PARALLEL * product
-    rate = -_divide(slopes[0], gram[0, 0])
-    alone = tf.stack([rate, tf.zeros_like(rate)])
-    both = -tf.stack(
-        [
-            gram[1, 1] * slopes[0] - gram[0, 1] * slopes[1],
-            gram[0, 0] * slopes[1] - gram[0, 1] * slopes[0],
-        ]
-    ) / tf.where(usable, determinant, tf.ones_like(determinant))
-    # A negative μ would undo what earlier batches agreed on, to fit this one;
-    # one above 1 would let it grow without end.
-    most = tf.constant(_MOST_MOMENTUM, gram.dtype)
-    bounded = tf.stack(
-        [-_divide(slopes[0] + gram[0, 1] * most, gram[0, 0]), most]
-    )
-    both = tf.where(both[1] > most, bounded, both)
-    return tf.where(usable & (both[1] >= 0), both, alone)
-
-
-def _divide(numerator: tf.Tensor, denominator: tf.Tensor) -> tf.Tensor:
-    return tf.math.divide_no_nan(numerator, denominator)
-
-
-# The running average spans a fifth of the steps so far; no gap is longer. With
-# few examples estimates are noisy, and the gaps half as long.
-_SPAN = 0.2
-_LONGEST_GAP = 0.2
-_LONGEST_GAP_OF_FEW = 0.1
+from keras_natgrad.checks import (
+    check_integer,
+    check_period,
+    check_positive,
+    is_number,
+)
+from keras_natgrad.step.coefficients import (
+    Decision,
+    QuadraticForm,
+    for_each_layer,
+    layer_coefficients,
+    quadratic_coefficients,
+)
+from keras_natgrad.step.direction import Vector
+from keras_natgrad.step.rule import Needs, Situation, StepRule
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -234,21 +43,32 @@ class QuadraticModel:
 
     Args:
         kind: `"exact"` multiplies by the batch's Fisher. `"estimated"` sends
-            random cotangents back and looks at 256 examples, drawn by their
+            random cotangents back and looks at some examples, drawn by their
             share of the Fisher, at half the cost; a smaller batch gets
             several cotangents per example. Networks with fallback variables
             always use the exact one.
         period: Steps between two computations. The refresh warm-up holds here
             too.
-        decay: Largest decay of the running average, in [0, 1). The average
-            spans at most a fifth of the steps so far. Zero for none.
+        decay: Largest decay of the running average, in [0, 1). Zero for
+            none.
         by_layer: Whether an automatic learning rate is one per layer, around
-            the best common one and within a factor of three of it
-            (`step.length.layer_coefficients`). The estimate of the curvature
-            knows the layers' parts without further products. There is one
-            rate for all where the model is exact, and on batches of fewer
-            than 256 examples (on all replicas), whose slopes by layer are too
-            noisy.
+            the best common one and within a factor of `spread` of it
+            (`step.coefficients.layer_coefficients`). The estimate of the
+            curvature knows the layers' parts without further products. There
+            is one rate for all where the model is exact, and on batches of
+            fewer than `examples` examples (on all replicas), whose slopes by
+            layer are too noisy.
+        examples: How many examples of a batch an estimate looks at.
+        most_estimates: Most estimates on one batch; a batch of fewer examples
+            takes several.
+        span: The average spans at most this share of the steps so far.
+        longest_gap: No gap between two computations is longer than this share
+            of the steps so far.
+        longest_gap_of_few: The same for batches of fewer than `examples`
+            examples, whose estimates are noisy.
+        most_momentum: Largest momentum that the model may choose.
+        spread: Largest ratio of a layer's rate to the common one, and of that
+            to the layer's.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -258,6 +78,13 @@ class QuadraticModel:
     period: int = 4
     decay: float = 0.9
     by_layer: bool = True
+    examples: int = 256
+    most_estimates: int = 4
+    span: float = 0.2
+    longest_gap: float = 0.2
+    longest_gap_of_few: float = 0.1
+    most_momentum: float = 1.0
+    spread: float = 3.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("exact", "estimated"):
@@ -266,6 +93,13 @@ class QuadraticModel:
                 f"Received: kind={self.kind!r}"
             )
         check_period("period", self.period)
+        check_integer("examples", self.examples, 1)
+        check_integer("most_estimates", self.most_estimates, 1)
+        for name in (
+            *("span", "longest_gap", "longest_gap_of_few"),
+            *("most_momentum", "spread"),
+        ):
+            check_positive(name, getattr(self, name))
         if not isinstance(self.by_layer, bool):
             raise ValueError(
                 "`by_layer` must be True or False. "
@@ -276,6 +110,17 @@ class QuadraticModel:
                 f"`decay` must be in [0, 1). Received: decay={self.decay!r}"
             )
 
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the curvature is remembered from step to step."""
+        return self.period > 1 or self.decay > 0
+
+    def estimates(self, batch: tf.Tensor) -> tf.Tensor:
+        """Returns how many estimates a batch of this size takes."""
+        return tf.clip_by_value(
+            self.examples // tf.maximum(batch, 1), 1, self.most_estimates
+        )
+
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
         return asdict(self)
@@ -284,6 +129,91 @@ class QuadraticModel:
     def from_config(cls, config: dict[str, Any]) -> QuadraticModel:
         """Recreates the model from `get_config`."""
         return cls(**config)
+
+
+@dataclass(frozen=True)
+class QuadraticStep(StepRule):
+    """The coefficients that minimise the quadratic model, as far as free.
+
+    Args:
+        automatic_rate: Whether the model chooses α; the optimizer's learning
+            rate then multiplies it.
+        momentum: μ, or `None` if the model chooses it.
+        by_part: Whether parts of the direction may have rates of their own.
+        most_momentum: Largest μ that the model may choose.
+        spread: See `QuadraticModel`.
+    """
+
+    automatic_rate: bool = True
+    momentum: float | None = None
+    by_part: bool = False
+    most_momentum: float = 1.0
+    spread: float = 3.0
+
+    @property
+    def needs(self) -> Needs:
+        """The model, and δ₋₁ unless there is no momentum."""
+        moving = self.momentum != 0
+        return Needs(
+            model=True, update=moving, along_update=moving, parts=self.by_part
+        )
+
+    def coefficients(
+        self,
+        memory: Any,
+        direction: Vector,
+        form: QuadraticForm | None,
+        situation: Situation,
+    ) -> tf.Tensor:
+        """Returns (α, μ)."""
+        assert form is not None
+        rate = situation.learning_rate
+        found = quadratic_coefficients(
+            form.common.damped, form.common.slopes, self, rate
+        )
+        return self._scaled(found, rate)
+
+    def decide(
+        self,
+        memory: Any,
+        direction: Vector,
+        form: QuadraticForm | None,
+        situation: Situation,
+    ) -> Decision:
+        """Returns one rate on small batches, and one for each part on others.
+
+        Of few examples, the slopes and quotients by layer are mostly noise: a
+        transformer surged on batches of 32 (docs, "a rate for each layer").
+        """
+        assert form is not None
+        parts = form.parts
+        if parts is None:
+            return super().decide(memory, direction, form, situation)
+        rate = situation.learning_rate
+
+        def one_rate() -> Decision:
+            common = self.coefficients(memory, direction, form, situation)
+            decision = form.common.decide(common)
+            return decision._replace(
+                coefficients=for_each_layer(
+                    decision.coefficients, int(parts.slopes.shape[0]) - 1
+                )
+            )
+
+        def several_rates() -> Decision:
+            found = layer_coefficients(
+                parts.damped, parts.slopes, self, rate, form.samples
+            )
+            return parts.decide(self._scaled(found, rate))
+
+        decided: Decision = tf.cond(form.few, one_rate, several_rates)
+        return decided
+
+    def _scaled(self, coefficients: tf.Tensor, rate: tf.Tensor) -> tf.Tensor:
+        if not self.automatic_rate:
+            return coefficients
+        rates = tf.fill([int(coefficients.shape[0]) - 1], rate)
+        return coefficients * tf.concat([rates, tf.ones([1], rate.dtype)], 0)
 
 
 def get(identifier: Any) -> QuadraticModel:
@@ -310,99 +240,3 @@ def get(identifier: Any) -> QuadraticModel:
         "keras_natgrad.QuadraticModel. "
         f"Received: quadratic_model={identifier!r}"
     )
-
-
-class AveragedGram:
-    """The saved running average of the quotients.
-
-    Args:
-        model: `QuadraticModel`.
-        refresh: `Refresh`, for its warm-up.
-        add_curvature_variable: `VariableFactory` of the curvature's dtype.
-        add_variable: The optimizer's `add_variable`.
-        add_sum: `VariableFactory` of what is the sum of a part on every
-            replica; `add_curvature_variable` without it.
-        size: Number of directions.
-        name: Prefix of the names of the variables.
-    """
-
-    def __init__(
-        self,
-        model: QuadraticModel,
-        refresh: Refresh,
-        add_curvature_variable: Any,
-        add_variable: Any,
-        add_sum: Any = None,
-        size: int = 2,
-        name: str = "quotient",
-    ) -> None:
-        self.model = model
-        self._refresh = refresh
-        # Of δᵀFδ, every replica knows its examples' part.
-        add_sum = add_sum or add_curvature_variable
-        self._quotients = add_sum(f"{name}s", (size, size), "zeros")
-        # A quotient of a direction that was zero has not been seen: each has
-        # a weight of its own.
-        self._weights = add_curvature_variable(
-            f"{name}_weights", (size, size), "zeros"
-        )
-        self._due_at = add_variable(
-            shape=(), initializer="zeros", dtype="int32", name=f"{name}_at"
-        )
-
-    def is_due(self, step: tf.Tensor) -> tf.Tensor:
-        """Returns whether the curvature is computed at this step."""
-        return self._refresh.is_due(step, self._due_at.value)
-
-    def add(
-        self,
-        gram: tf.Tensor,
-        norms: tf.Tensor,
-        step: tf.Tensor,
-        few: tf.Tensor | bool = False,
-    ) -> None:
-        """Averages in what one batch says.
-
-        Args:
-            gram: Tensor `[size, size]`, Q.
-            norms: Tensor `[size]`, the n_i, zero for a direction of zero.
-            step: Scalar integer, counted from zero.
-            few: Whether the batch has few examples.
-        """
-        scale = tf.math.reciprocal_no_nan(norms)
-        decay = self._decay(step, gram.dtype)
-        old, weights = self._quotients.value, self._weights.value
-        new = gram * scale * scale[:, tf.newaxis]
-        seen = (scale * scale[:, tf.newaxis]) > 0
-        # What is not finite would stay in the average.
-        seen &= tf.math.is_finite(new)
-        self._quotients.assign(
-            tf.where(seen, decay * old + (1 - decay) * new, old)
-        )
-        self._weights.assign(
-            tf.where(seen, decay * weights + (1 - decay), weights)
-        )
-        self._due_at.assign(self._next_due(step, few))
-
-    def read(self, norms: tf.Tensor) -> tf.Tensor:
-        """Returns Q for directions of these norms, this replica's part."""
-        mean = tf.math.divide_no_nan(self._quotients.value, self._weights.value)
-        return mean * norms * norms[:, tf.newaxis]
-
-    def _next_due(self, step: tf.Tensor, few: tf.Tensor | bool) -> tf.Tensor:
-        refresh, period = self._refresh, self.model.period
-        if refresh.growth is None:
-            return refresh.next_due(step, period)
-        gaps = (_LONGEST_GAP_OF_FEW, _LONGEST_GAP)
-        early, late = (
-            replace(refresh, growth=min(refresh.growth, gap)).next_due(
-                step, period
-            )
-            for gap in gaps
-        )
-        return tf.where(few, early, late)
-
-    def _decay(self, step: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-        updates = tf.cast(step, dtype) / scalar(self.model.period, dtype)
-        span = tf.maximum(scalar(_SPAN, dtype) * updates, 1)
-        return tf.minimum(1 - 1 / span, scalar(self.model.decay, dtype))

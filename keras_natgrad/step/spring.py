@@ -6,8 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_natgrad.checks import is_number
+from keras_natgrad.step.coefficients import QuadraticForm
+from keras_natgrad.step.direction import Vector
+from keras_natgrad.step.quadratic import QuadraticStep
+from keras_natgrad.step.rule import FixedStep, Needs, Situation, StepRule
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -60,3 +65,53 @@ class Spring:
     def from_config(cls, config: dict[str, Any]) -> Spring:
         """Recreates the rule from `get_config`."""
         return cls(**config)
+
+
+@dataclass(frozen=True)
+class SpringStep(StepRule):
+    """Steps along a direction that keeps the momentum of `Spring`.
+
+    Args:
+        kept: μ of SPRING.
+        inner: `FixedStep` or `QuadraticStep` that gives α; it has no momentum
+            of its own.
+    """
+
+    kept: float
+    inner: FixedStep | QuadraticStep
+
+    @property
+    def spring(self) -> float:
+        """μ of SPRING."""
+        return self.kept
+
+    @property
+    def needs(self) -> Needs:
+        """What the inner rule needs, and the last update."""
+        return self.inner.needs._replace(update=True)
+
+    def pull(
+        self, memory: Any, gradient: Vector, situation: Situation
+    ) -> Vector:
+        """Returns `∇ + λ μ D φ₋₁`, D the metric of the damping.
+
+        The last update is −α φ₋₁; it is zero if it was taken back.
+        """
+        state = situation.state
+        pull = -tf.math.divide_no_nan(
+            self.kept * state.inverted_at.value,
+            state.last("learning_rate"),
+        )
+        assert situation.last is not None
+        kept = situation.here.in_metric(situation.last)
+        return [g + pull * v for g, v in zip(gradient, kept, strict=True)]
+
+    def coefficients(
+        self,
+        memory: Any,
+        direction: Vector,
+        form: QuadraticForm | None,
+        situation: Situation,
+    ) -> tf.Tensor:
+        """Returns (α, 0)."""
+        return self.inner.coefficients(memory, direction, form, situation)

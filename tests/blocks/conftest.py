@@ -71,6 +71,13 @@ def build(block, dtype="float64"):
     return block
 
 
+def summed(per_column):
+    """The sum of statistics, name by name."""
+    return {
+        name: sum(each[name] for each in per_column) for name in per_column[0]
+    }
+
+
 @pytest.fixture
 def feed():
     """Gives a block one batch of statistics."""
@@ -82,7 +89,6 @@ def feed():
         per_column = [
             block.cotangent_statistics(data.inputs, g) for g in data.columns
         ]
-        summed = tuple(sum(parts) for parts in zip(*per_column, strict=True))
-        block.accumulate((*statistics, *summed), decay)
+        block.accumulate({**statistics, **summed(per_column)}, decay)
 
     return update

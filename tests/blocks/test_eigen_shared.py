@@ -16,7 +16,9 @@ from tests.blocks.test_unitwise import (
 
 
 def make(build_block, **kwargs):
-    return build_block(EigenSharedBlock(BlockShape(ROWS, COLUMNS), **kwargs))
+    return build_block(
+        EigenSharedBlock(**kwargs).bind(BlockShape(ROWS, COLUMNS))
+    )
 
 
 def number(value):

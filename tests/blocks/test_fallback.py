@@ -9,13 +9,14 @@ from keras_natgrad.blocks import (
     GradientDiagonalBlock,
     GradientScalarBlock,
 )
+from tests.blocks.conftest import summed
 
 GRADIENT = np.array([[1.0], [-2.0], [3.0]])
 
 
 @pytest.fixture(params=[GradientDiagonalBlock, GradientScalarBlock])
 def block(request, build_block):
-    return build_block(request.param(BlockShape(3, 1)))
+    return build_block(request.param().bind(BlockShape(3, 1)))
 
 
 def expected_diagonal(block, *gradients):
@@ -27,8 +28,7 @@ def expected_diagonal(block, *gradients):
 
 def feed(block, *gradients, decay=0.0):
     statistics = [block.gradient_statistics(tf.constant(g)) for g in gradients]
-    summed = tuple(sum(parts) for parts in zip(*statistics, strict=True))
-    block.accumulate(summed, decay)
+    block.accumulate(summed(statistics), decay)
 
 
 def test_definition(block):
@@ -68,13 +68,15 @@ def test_signs_average_to_the_diagonal(build_block):
     """Cross terms of examples cancel over all sign patterns."""
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(4, 3, 1))
-    block = build_block(GradientDiagonalBlock(BlockShape(3, 1)))
+    block = build_block(GradientDiagonalBlock().bind(BlockShape(3, 1)))
     patterns = np.array(np.meshgrid(*[[-1.0, 1.0]] * 4, indexing="ij")).reshape(
         4, -1
     )
     mean = np.mean(
         [
-            block.gradient_statistics(np.tensordot(signs, gradients, 1))[0]
+            block.gradient_statistics(np.tensordot(signs, gradients, 1))[
+                "diagonal"
+            ]
             for signs in patterns.T
         ],
         axis=0,

@@ -34,7 +34,7 @@ def feed(block, inputs, cotangents, decay=0.0):
     x, g = tf.constant(inputs), tf.constant(cotangents)
     weights = tf.ones([len(inputs)], x.dtype)
     block.accumulate(
-        block.input_statistics(x, weights) + block.cotangent_statistics(x, g),
+        block.input_statistics(x, weights) | block.cotangent_statistics(x, g),
         decay,
     )
     block.refresh(tf.constant(DAMPING, x.dtype))
@@ -44,7 +44,7 @@ def feed(block, inputs, cotangents, decay=0.0):
 @pytest.fixture
 def make(build_block):
     def make(kind=FeatureScaledBlock, rows=ROWS, **options):
-        return build_block(kind(BlockShape(rows, COLUMNS), **options))
+        return build_block(kind(**options).bind(BlockShape(rows, COLUMNS)))
 
     return make
 
@@ -132,7 +132,7 @@ def test_a_failed_refresh_keeps_inverse_and_metric(make, inputs, cotangents):
         block.input_statistics(
             tf.constant(inputs[::-1] ** 2), tf.ones([BATCH], tf.float64)
         )
-        + (tf.fill([COLUMNS, COLUMNS], tf.constant(np.nan, tf.float64)),),
+        | {"output_factor": tf.fill([COLUMNS, COLUMNS], np.float64(np.nan))},
         0.0,
     )
     _, failures = block.refresh(tf.constant(DAMPING, tf.float64))
@@ -145,7 +145,7 @@ def test_a_failed_refresh_keeps_inverse_and_metric(make, inputs, cotangents):
 )
 def test_only_for_numbers_and_one_matrix(shape):
     with pytest.raises(ValueError, match="use 'kronecker'. Received: shape="):
-        FeatureScaledBlock(shape)
+        FeatureScaledBlock().bind(shape)
 
 
 def test_memory(make):

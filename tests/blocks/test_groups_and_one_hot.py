@@ -7,14 +7,13 @@ import tensorflow as tf
 
 from keras_natgrad.blocks import BlockShape, create
 from keras_natgrad.linalg import OneHot
+from tests.blocks.conftest import summed
 
 BATCH, SHARED, GROUPS, ROWS, COLUMNS, DEPTH = 4, 3, 2, 2, 2, 5
 
 KINDS = [
     ("kronecker", {}),
     ("kronecker", {"weight_sharing": "reduce"}),
-    ("kronecker", {"sides": "input"}),
-    ("kronecker", {"sides": "output"}),
     ("kronecker", {"max_factor_size": 1}),
     ("ekfac", {}),
     ("ekfac", {"max_factor_size": 1}),
@@ -33,8 +32,7 @@ def step(block, inputs, cotangents, weights, damping=0.3):
     for decay, columns in ((0.0, cotangents[:1]), (0.7, cotangents)):
         first = block.input_statistics(inputs, weights)
         second = [block.cotangent_statistics(inputs, g) for g in columns]
-        summed = tuple(sum(parts) for parts in zip(*second, strict=True))
-        block.accumulate((*first, *summed), decay)
+        block.accumulate(first | summed(second), decay)
     retries, failures = block.refresh(tf.constant(damping, tf.float64))
     assert int(retries) == int(failures) == 0
     return block
@@ -103,8 +101,8 @@ def test_one_hot_equals_the_dense_tensor(kind, options, shared, build_block):
     gradient = tf.constant(random(DEPTH, COLUMNS, seed=3))
     shape = BlockShape(DEPTH, COLUMNS, one_hot=True)
     sparse = build_block(create(kind, shape, **options))
-    if sparse.kind == "kronecker" and options.get("sides") != "output":
-        assert sparse.averages()[0].shape == (DEPTH,)
+    if sparse.kind == "kronecker":
+        assert sparse.average("input_factor").shape == (DEPTH,)
     step(sparse, rows, cotangents, weights)
     full = build_block(create(kind, BlockShape(DEPTH, COLUMNS), **options))
     step(full, dense, cotangents, weights)
@@ -112,8 +110,8 @@ def test_one_hot_equals_the_dense_tensor(kind, options, shared, build_block):
     if sparse.kind == "kronecker" and options.get("weight_sharing"):
         # The mean over positions has several nonzeros: of its second moment
         # the diagonal is kept.
-        left = np.diag(np.diag(full.averages()[0].numpy()))
-        expected = np.kron(left, full.averages()[1].numpy())
+        left = np.diag(np.diag(full.average("input_factor").numpy()))
+        expected = np.kron(left, full.average("output_factor").numpy())
     np.testing.assert_allclose(sparse.to_dense(), expected, atol=1e-12)
     if sparse.kind != "kronecker" or not options.get("weight_sharing"):
         np.testing.assert_allclose(

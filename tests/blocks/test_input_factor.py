@@ -143,14 +143,14 @@ def test_needs_no_cotangents(homogeneous, make_block):
     found = block.cotangent_statistics(
         homogeneous.inputs, homogeneous.columns[0]
     )
-    assert found == ()
+    assert found == {}
 
 
 def test_plain_gradient(build_block):
-    block = build_block(PlainGradientBlock(BlockShape(4, 1)))
+    block = build_block(PlainGradientBlock().bind(BlockShape(4, 1)))
     gradient = tf.constant([[1.0], [2.0], [3.0], [4.0]], tf.float64)
     block.refresh(tf.constant(7.0, tf.float64))
     np.testing.assert_array_equal(block.precondition(gradient), gradient)
     np.testing.assert_array_equal(block.to_dense(), np.eye(4))
     assert float(block.trace()) == 4.0
-    assert block.gradient_statistics(gradient) == ()
+    assert block.gradient_statistics(gradient) == {}

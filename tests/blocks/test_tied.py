@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from keras_natgrad.blocks import BlockShape, create
 from keras_natgrad.linalg import OneHot, TwoWayCotangents, TwoWayRows, slopes
+from tests.blocks.conftest import summed
 
 BATCH, LOOKUPS, LOGITS, DEPTH, WIDTH = 4, 3, 2, 7, 3
 SHAPE = BlockShape(DEPTH, WIDTH, one_hot=True, two_way=True)
@@ -46,8 +47,7 @@ class Data:
             )
             for g, u in zip(self.g, self.u, strict=True)
         ]
-        summed = [a + b for a, b in zip(*columns, strict=True)]
-        block.accumulate([*inputs, *summed], decay)
+        block.accumulate(inputs | summed(columns), decay)
         return block
 
     def factors(self, sharing):
@@ -120,9 +120,9 @@ def test_equals_its_definition(build_block, sharing, size):
     options = {"weight_sharing": sharing, "max_factor_size": size}
     block = data.feed(made(build_block, **options))
     factors = kept(data.factors(sharing), size)
-    shapes = [x.shape for x in block.averages()]
+    shapes = [x.shape for x in block.averages().values()]
     for found, expected, shape in zip(
-        block.averages(), factors, shapes, strict=True
+        block.averages().values(), factors, shapes, strict=True
     ):
         expected = np.diag(expected) if len(shape) == 1 else expected
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
@@ -163,10 +163,8 @@ def test_is_the_fisher_of_one_independent_position(build_block):
         )
         block = made(build_block)
         block.accumulate(
-            [
-                *block.input_statistics(rows, tf.ones([1], tf.float64)),
-                *block.cotangent_statistics(rows, sent),
-            ],
+            block.input_statistics(rows, tf.ones([1], tf.float64))
+            | block.cotangent_statistics(rows, sent),
             0.0,
         )
         gradient = np.outer(e, g) + np.outer(u, h)
@@ -213,9 +211,8 @@ def test_uses_of_different_scale(build_block, size, scales):
 def test_rows_above_the_bound_are_diagonal(build_block, monkeypatch):
     monkeypatch.setattr("keras_natgrad.blocks.tied.MAX_DENSE_ROWS", DEPTH - 1)
     block = made(build_block)
-    stated = block.memory, block.state_size(SHAPE)
     assert block.describe() == "diag 7 ⊗ 3² + diag 7 ⊗ 3², expand"
-    assert stated == (4 * DEPTH + 3 * WIDTH**2 + 2 * WIDTH,) * 2
+    assert block.memory == 4 * DEPTH + 3 * WIDTH**2 + 2 * WIDTH
     assert block.refresh_cost == 10 * (WIDTH**3 + 1)
 
 
@@ -237,9 +234,9 @@ def test_one_use_without_curvature(build_block, sharing, dead, size):
             create("kronecker", BlockShape(WIDTH, DEPTH), **options)
         )
         inputs, columns = tf.constant(data.hidden), data.u
-    summed = sum(other.cotangent_statistics(inputs, g)[0] for g in columns)
-    (moment,) = other.input_statistics(inputs, tf.constant(data.weights))
-    other.accumulate([moment, summed], 0.0)
+    sent = summed([other.cotangent_statistics(inputs, g) for g in columns])
+    moment = other.input_statistics(inputs, tf.constant(data.weights))
+    other.accumulate(moment | sent, 0.0)
     block.refresh(damping())
     other.refresh(damping())
     gradient = data.gradient if dead == "transposed" else data.gradient.T
@@ -251,7 +248,7 @@ def test_one_use_without_curvature(build_block, sharing, dead, size):
 
 def test_without_statistics(build_block):
     block, gradient = made(build_block), tf.constant(Data().gradient)
-    assert bool(block.is_empty()) and float(block.trace()) == 0.0
+    assert float(block.trace()) == 0.0
     np.testing.assert_array_equal(block.precondition(gradient), 0.0 * gradient)
     block.refresh(damping())
     np.testing.assert_allclose(
@@ -289,7 +286,6 @@ def test_state(build_block, size):
     sides = [DEPTH if size >= DEPTH else 1, WIDTH if size >= WIDTH else 1]
     assert block.refresh_cost == 10 * (sides[0] ** 3 + sides[1] ** 3)
     if size == DEPTH:
-        assert block.state_size(SHAPE) == stored
         assert block.describe() == "diag 7 ⊗ 3² + 7² ⊗ 3², expand"
 
 
@@ -325,7 +321,7 @@ def test_running_average(build_block):
     first.feed(block, 0.9)
     second.feed(block, 0.9)
     for found, one, two in zip(
-        block.averages(),
+        block.averages().values(),
         first.factors("expand"),
         second.factors("expand"),
         strict=True,

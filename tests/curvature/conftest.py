@@ -81,7 +81,7 @@ class Recorded:
 
     def update(self, kind, seed=0):
         self.curvature.accumulate(self.statistics(kind, seed), 0.0)
-        return [entry.block for entry in self.curvature.entries]
+        return [entry.block for entry in self.curvature.in_plan_order]
 
 
 def add_variable(name, shape, initializer):

@@ -169,9 +169,12 @@ def test_parts_of_the_first_direction(count, record):
     backward = recorded.captured.backward(
         [term.cotangent(tf.ones([5, 2], tf.float64))]
     )
+    layers = recorded.curvature.split(first)
     alone = [
-        [d if i == j else tf.zeros_like(d) for j, d in enumerate(first)]
-        for i in range(len(first))
+        recorded.curvature.join(
+            [d if i == j else tf.zeros_like(d) for j, d in enumerate(layers)]
+        )
+        for i in range(len(layers))
     ]
     found = estimated_gram(
         recorded.captured, backward, [first, *others], 3, by_layer=True
@@ -278,6 +281,10 @@ def test_estimate_with_an_unused_layer(record):
     recorded = record(PartlyUsed(), inputs(4, 3), ["normal"])
     directions = directions_of(recorded.variables)
     (term,) = recorded.terms
+
+    def last_layer(direction):
+        return recorded.curvature.split(direction)[1]
+
     backward = recorded.captured.backward(
         [term.cotangent(tf.ones([4, 2], tf.float64))]
     )
@@ -286,7 +293,7 @@ def test_estimate_with_an_unused_layer(record):
     )
     tangents = [
         np.einsum("nr,rm->nm", recorded.captured.inputs[1][:, 0], d)
-        for d in (matrices_of(recorded, directions)[i][1] for i in range(2))
+        for d in map(last_layer, matrices_of(recorded, directions))
     ]
     slopes = np.stack(
         [np.sum(t * backward.cotangents[1][:, 0], axis=1) for t in tangents]

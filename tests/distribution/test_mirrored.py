@@ -79,7 +79,7 @@ def test_rates_by_layer_where_replicas_have_unequal_parts(mirrored_strategy):
         model = network()
         model.compile(kng.KFAC().attach(model), cross_entropy())
     model.fit(x, y, epochs=3, **FIT)
-    assert model.optimizer.quadratic_model.by_layer
+    assert model.optimizer.settings.quadratic_model.by_layer
     assert model.optimizer.statistics["skipped"] == 0
     for variable in model.trainable_variables:
         first, second = variable.value.values

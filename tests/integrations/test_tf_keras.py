@@ -234,7 +234,7 @@ def test_a_subclassed_model_that_is_built_by_fit():
     history = model.fit(x, y, batch_size=64, epochs=10, verbose=0)
     losses = history.history["loss"]
     assert losses[-1] < 0.3 * losses[0]
-    assert [entry.layer_class for entry in optimizer.engine.plan.layers] == [
+    assert [entry.layer_class for entry in optimizer.adopted.plan.layers] == [
         "Dense",
         "Dense",
     ]
@@ -359,7 +359,7 @@ def test_a_saved_folder_has_the_model_and_the_plan(tmp_path):
     model.save(tmp_path / "folder")
     again = tf_keras.models.load_model(tmp_path / "folder")
     np.testing.assert_array_equal(weights(again), weights(model))
-    assert again.optimizer.engine.plan == optimizer.engine.plan
+    assert again.optimizer.adopted.plan == optimizer.engine.plan
     again.optimizer.attach(again)
     before = weights(again)
     train(again, 1)
@@ -389,7 +389,7 @@ def test_config_rebuilds_the_optimizer():
     config = tf_keras.optimizers.serialize(optimizer)
     again = tf_keras.optimizers.deserialize(config)
     assert again.get_config() == optimizer.get_config()
-    assert again.engine.length == optimizer.engine.length
+    assert again.adopted.engine.rule == optimizer.adopted.engine.rule
 
 
 # -- What it leaves alone, and what it refuses -------------------------------
@@ -430,7 +430,7 @@ def test_unsupported_layers_fall_back():
     y = (x[:, -1, 0] > 0).astype("int32")
     losses = model.fit(x, y, 64, epochs=10, verbose=0).history["loss"]
     assert losses[-1] < 0.8 * losses[0]
-    assert [entry.layer_class for entry in optimizer.engine.plan.layers] == [
+    assert [entry.layer_class for entry in optimizer.adopted.plan.layers] == [
         "Dense"
     ]
     lines = []
@@ -473,10 +473,10 @@ def test_patterns_choose_layers_of_tf_keras():
     model = network()
     with pytest.warns(UserWarning, match="excluded"):
         optimizer = KFAC().attach(model, exclude=[model.layers[0].name])
-    assert len(optimizer.engine.plan.layers) == 1
+    assert len(optimizer.adopted.plan.layers) == 1
     with pytest.warns(UserWarning, match="excluded"):
         optimizer = KFAC().attach(model, exclude=[K2.Dense])
-    assert optimizer.engine.plan.layers == ()
+    assert optimizer.adopted.plan.layers == ()
 
 
 def test_an_optimizer_that_is_not_attached():

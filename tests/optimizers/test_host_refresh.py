@@ -56,7 +56,7 @@ def test_saved_and_resumed_bit_for_bit(tmp_path):
     model.fit(*data(), epochs=2, **FIT)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.optimizer.refresh.where == "host"
+    assert loaded.optimizer.settings.refresh_where == "host"
     loaded.optimizer.attach(loaded)
     loaded.run_eagerly = True
     for each in (model, loaded):
@@ -79,7 +79,7 @@ class Held:
     def __init__(self, monkeypatch, optimizer):
         self.go = threading.Event()
         self.started = threading.Event()
-        host = optimizer._host_refresh
+        host = optimizer.engine.refreshing.host
         refresh = host._refresh
 
         def wait(damping):
@@ -94,7 +94,7 @@ def inverses(optimizer):
     return [
         variable.numpy()
         for entry in optimizer.curvature.entries
-        for variable in entry.block._caches
+        for variable in entry.block._caches.values()
     ]
 
 
@@ -135,7 +135,7 @@ def test_training_goes_on_with_the_old_inverses(monkeypatch):
         np.any(a != b) for a, b in zip(weights(model), moved, strict=True)
     )
     held.go.set()
-    optimizer._host_refresh._running.result(60)
+    optimizer.engine.refreshing.host._running.result(60)
     steps(1)
     after = inverses(optimizer)
     assert any(np.any(a != b) for a, b in zip(after, before, strict=True))
@@ -148,7 +148,7 @@ def test_staleness_is_bounded(monkeypatch):
     steps(10)
     assert held.started.wait(60)
     steps(9)
-    assert model.optimizer._host_refresh._running is not None
+    assert model.optimizer.engine.refreshing.host._running is not None
     threading.Timer(0.2, held.go.set).start()
     refreshes = model.optimizer.statistics["refreshes"]
     steps(1)
@@ -162,12 +162,12 @@ def test_what_the_graph_refreshed_since_is_kept(monkeypatch):
     held = Held(monkeypatch, optimizer)
     steps(10)
     assert held.started.wait(60)
-    optimizer.state.refresh_at.assign(0)  # As a step taken back does.
+    optimizer.state.mark_inverses(True)  # As a step taken back does.
     steps(1)
     before = inverses(optimizer)
     held.go.set()
-    optimizer._host_refresh._running.result(60)
-    optimizer._host_refresh.finish()
+    optimizer.engine.refreshing.host._running.result(60)
+    optimizer.engine.refreshing.host.finish()
     assert_equal(inverses(optimizer), before)
 
 
@@ -177,11 +177,11 @@ def test_a_failed_refresh_keeps_the_inverse_and_is_counted():
     steps(9)
     before = inverses(optimizer)
     for entry in optimizer.curvature.entries:
-        for average in entry.block._averages:
+        for average in entry.block._averages.values():
             average.assign(tf.fill(average.shape, np.nan))
     optimizer.state.refresh_asked.assign(1)
-    optimizer._host_refresh.after_step()
-    optimizer._host_refresh.finish()
+    optimizer.engine.refreshing.host.after_step()
+    optimizer.engine.refreshing.host.finish()
     assert_equal(inverses(optimizer), before)
     assert optimizer.statistics["failures"] > 0
 
@@ -245,6 +245,6 @@ def test_a_step_that_waits_ends_the_pauses(monkeypatch):
     steps(10)  # The eleventh step in all asks.
     refreshes = model.optimizer.statistics["refreshes"]
     started = time.monotonic()
-    model.optimizer._host_refresh.finish()
+    model.optimizer.engine.refreshing.host.finish()
     assert time.monotonic() - started < 30
     assert model.optimizer.statistics["refreshes"] == refreshes + 1

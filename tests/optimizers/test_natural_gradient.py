@@ -44,7 +44,9 @@ def train(name, steps=20, **kwargs):
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 @pytest.mark.parametrize("name", ["normal", "categorical", MIXED])
 def test_primal_and_dual_agree_for_twenty_steps(name, momentum, float64):
-    kwargs = {"learning_rate": 0.1, "damping": 0.01, "momentum": momentum}
+    kwargs = {"learning_rate": 0.1, "damping": 0.01}
+    if momentum:
+        kwargs["momentum"] = kng.Spring(momentum)
     dual = train(name, solver="kernel", **kwargs)
     assert_close(train(name, solver="dense", **kwargs), dual, 1e-8, 1e-10)
     assert_close(train(name, solver=CG, **kwargs), dual, 1e-7, 1e-9)
@@ -165,7 +167,7 @@ def test_a_step_that_raises_the_loss_is_taken_back(float64):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"solver": "kernel", "momentum": 0.7},
+        {"solver": "kernel", "momentum": kng.Spring(0.7)},
         {"solver": "cg"},
     ],
     ids=["spring", "warm start"],

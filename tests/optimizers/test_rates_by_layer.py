@@ -23,7 +23,7 @@ def test_one_rate_where_the_estimate_may_not_divide_it():
         ).attach(model)
         model.compile(optimizer, "mse", run_eagerly=True)
         model.train_on_batch(np.ones((4, 3)), np.ones((4, 1)))
-        assert optimizer._average._quotients.shape == (size, size)
+        assert optimizer.engine.model.average._quotients.shape == (size, size)
 
 
 @pytest.mark.parametrize("batch", [255, 256])
@@ -81,7 +81,10 @@ def test_a_smaller_last_batch_in_between():
     model.compile(optimizer, "mse")
     losses = model.fit(x, y, batch_size=256, epochs=10, verbose=0)
     assert losses.history["loss"][-1] < 0.5 * losses.history["loss"][0]
-    by_layer, common = optimizer._average, optimizer._common
+    by_layer, common = (
+        optimizer.engine.model.average,
+        optimizer.engine.model.common,
+    )
     assert by_layer._quotients.shape == (4, 4)
     assert common._quotients.shape == (2, 2)
     assert optimizer.statistics["retracted"] == 0

@@ -234,7 +234,7 @@ def test_spring_with_a_full_block_is_that_of_the_natural_gradient():
     models = [mlp([8, 2]) for _ in range(2)]
     models[1].set_weights(models[0].get_weights())
     optimizers = [
-        kng.NaturalGradient(0.3, 0.05, "dense", momentum=0.8),
+        kng.NaturalGradient(0.3, 0.05, "dense", momentum=kng.Spring(0.8)),
         kng.KFAC(0.3, kng.Spring(0.8), 0.05, block="full", fisher="exact"),
     ]
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -373,7 +373,7 @@ def test_one_rate_for_one_example(loss, momentum, eager):
         quadratic_model=kng.QuadraticModel("estimated", 2, 0.4),
     )
     assert reference.quotients.shape == (2, 2)
-    assert model.optimizer.quadratic_model.by_layer
+    assert model.optimizer.settings.quadratic_model.by_layer
 
 
 @pytest.mark.parametrize("loss", LOSSES)

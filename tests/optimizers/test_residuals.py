@@ -212,7 +212,7 @@ def test_residuals_of_another_precision(float64):
 def test_state_of_an_optimizer_that_was_never_attached(tmp_path):
     """It is created from the variables alone, as Keras does on loading."""
     model = network()
-    optimizer = kng.NaturalGradient(0.1, momentum=0.5)
+    optimizer = kng.NaturalGradient(0.1, momentum=kng.Spring(0.5))
     for _ in range(3):
         optimizer.minimize_residuals(
             lambda: model(X)[:, 0], model.trainable_variables

@@ -151,7 +151,8 @@ def test_a_hard_batch_is_not_taken_for_a_bad_step():
     # Labels that the model has learned to be wrong.
     hard = (y + 1) % 3
     loss = tf.constant(model.evaluate(x, hard, verbose=0))
-    assert bool(model.optimizer.state.guard.is_surge(loss))
+    engine = model.optimizer.engine
+    assert bool(engine.guard.is_surge(engine.losses, loss))
     damping = model.optimizer.statistics["damping"]
     model.train_on_batch(x, hard)
     found = model.optimizer.statistics

@@ -124,7 +124,7 @@ def test_a_layer_by_the_response_of_the_next(top, own):
     first = metrics(model, x, horizon=2, max_elements=4 * 4**2)[0]
     assert isinstance(first, UnitwiseBlock)
     np.testing.assert_allclose(
-        first.averages()[0],
+        first.average("metric"),
         relative.unit_blocks(dense, 4, 4),
         rtol=1e-9,
         atol=1e-12,
@@ -200,9 +200,9 @@ def test_ends_with_the_second_moment_of_the_inputs():
     for start in (0, 2):
         extended = np.hstack([hidden(model, x, start), np.ones((EXAMPLES, 1))])
         moment = extended.T @ extended / EXAMPLES
-        assert blocks[start].metric_count == 1
-        np.testing.assert_allclose(blocks[start].averages()[0][0], moment)
-    assert blocks[1].metric_count == 2
+        assert blocks[start].groups == 1
+        np.testing.assert_allclose(blocks[start].average("metric")[0], moment)
+    assert blocks[1].groups == 2
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,9 @@ def test_units_share_a_metric_above_the_bound(bound, groups):
     units = relative.unit_blocks(
         expected(model, x, ["tanh"], 0, 1), 4, 4
     ).reshape(groups, -1, 4, 4)
-    assert first.metric_count == groups
+    assert first.groups == groups
     np.testing.assert_allclose(
-        first.averages()[0], units.mean(axis=1), rtol=1e-9, atol=1e-12
+        first.average("metric"), units.mean(axis=1), rtol=1e-9, atol=1e-12
     )
 
 
@@ -279,7 +279,7 @@ def test_parametric_rectifier_in_a_layer_of_its_own():
         nu = relative.gaussian(lambda t, own=own: relative.soft_relu(t, own))
         metric = extended.T @ (nu(z[:, unit])[:, None] * extended) / EXAMPLES
         np.testing.assert_allclose(
-            first.averages()[0][unit], metric, rtol=1e-8, atol=1e-12
+            first.average("metric")[unit], metric, rtol=1e-8, atol=1e-12
         )
 
 
@@ -357,7 +357,7 @@ def test_successor_that_is_no_dense_layer(between, message):
     with pytest.raises(ValueError, match=f"'{name}'.*{message}.*horizon=2"):
         metrics(model, inputs(), horizon=2)
     # A horizon of one does not look there.
-    assert metrics(model, inputs())[0].metric_count == 4
+    assert metrics(model, inputs())[0].groups == 4
 
 
 def test_horizon_beyond_the_network():

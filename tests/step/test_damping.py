@@ -6,7 +6,11 @@ import keras
 import pytest
 import tensorflow as tf
 
-from keras_natgrad.step import LevenbergMarquardt, get_damping
+from keras_natgrad.step import (
+    ConstantDamping,
+    LevenbergMarquardt,
+    get_damping,
+)
 
 RULE = LevenbergMarquardt(
     initial="auto",
@@ -151,12 +155,13 @@ def test_config_round_trip():
 def test_get_damping():
     assert get_damping("auto") == LevenbergMarquardt()
     assert get_damping(RULE) is RULE
-    assert get_damping(2) == 2.0 and isinstance(get_damping(2), float)
-    assert get_damping(0.0) == 0.0
+    assert get_damping(2) == ConstantDamping(2.0)
+    assert get_damping(2).to_config() == 2.0
+    assert get_damping(0.0).is_zero and not get_damping(2).is_zero
     schedule = keras.optimizers.schedules.ExponentialDecay(1.0, 10, 0.9)
-    assert get_damping(schedule) is schedule
+    assert get_damping(schedule).schedule is schedule
     config = keras.saving.serialize_keras_object(schedule)
-    assert get_damping(config)(0) == 1.0
+    assert get_damping(config).schedule(0) == 1.0
 
 
 @pytest.mark.parametrize("value", [-1.0, True, None, "off", [1.0], math.nan])

@@ -19,7 +19,7 @@ from keras_natgrad.step.directions import (
 def directions():
     rng = np.random.default_rng(0)
     return [
-        [tf.constant(rng.normal(size=shape)) for shape in [(2, 3), (3,)]]
+        [tf.constant(rng.normal(size=s)) for s in [(1, 2, 3), (2, 3, 1)]]
         for _ in range(2)
     ]
 
@@ -28,18 +28,26 @@ def flat(direction):
     return np.concatenate([np.ravel(part) for part in direction])
 
 
+def layers(direction):
+    return [layer for stack in direction for layer in stack.numpy()]
+
+
 def test_dots(directions):
     left, right = directions
-    expected = [np.sum(a * b) for a, b in zip(left, right, strict=True)]
+    expected = [
+        np.sum(a * b) for a, b in zip(*map(layers, directions), strict=True)
+    ]
     np.testing.assert_allclose(dots(left, right), expected)
+    norms = [np.sum(np.square(a)) for a in layers(left)]
+    np.testing.assert_allclose(dots(left, left), norms)
 
 
 def test_metric_dots(directions):
-    left, right = ([part[0], part[1][:, None]] for part in directions)
-    rows = np.array([1.0, 0.5, 0.25])
+    left, right = directions
+    rows = np.array([[1.0, 0.5, 0.25], [2.0, 4.0, 1.0]])
     found = metric_dots(left, right, [None, tf.constant(rows)])
-    second = np.sum(rows[:, None] * left[1] * right[1])
-    np.testing.assert_allclose(found, [np.sum(left[0] * right[0]), second])
+    second = np.sum(rows[..., None] * left[1] * right[1], axis=(1, 2))
+    np.testing.assert_allclose(found, [np.sum(left[0] * right[0]), *second])
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -50,21 +58,25 @@ def test_metric_dots(directions):
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_ridge_gram(directions, count, ridge, rows, by_layer):
     """`δᵀ (λ D + R) δ`, R per block and the last row having its own."""
-    directions = [[part[0], part[1][:, None]] for part in directions]
+    metric = None if rows is None else tf.constant([rows] * 2, tf.float64)
     found = ridge_gram(
         directions[:count],
         tf.constant(0.3, tf.float64),
-        [ridge, Ridge(0.0, 0.0)],
-        [None, None if rows is None else tf.constant(rows, tf.float64)],
+        [ridge, Ridge(0.0, 0.0), ridge],
+        [None, metric],
         by_layer,
     )
     first = np.repeat([0.3 + ridge.rest, 0.3 + ridge.last], 3)
     second = 0.3 * np.broadcast_to(1.0 if rows is None else rows, 3)
-    diagonal = np.concatenate([first, second])
-    first, *others = directions[:count]
+    third = second + [ridge.rest, ridge.rest, ridge.last]
+    diagonal = np.concatenate([first, second, third])
+    first, *others = map(layers, directions[:count])
     rows = [first]
     if by_layer:
-        rows = [[first[0], 0 * first[1]], [0 * first[0], first[1]]]
+        rows = [
+            [part if i == j else 0 * part for j, part in enumerate(first)]
+            for i in range(3)
+        ]
     stacked = np.zeros((len(rows) + 1, len(diagonal)))
     for row, direction in enumerate([*rows, *others]):
         stacked[row] = flat(direction)

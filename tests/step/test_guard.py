@@ -7,7 +7,24 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_natgrad.step.guard import SurgeGuard, loss_before
+from keras_natgrad.step.guard import SurgeGuard, _debiased, loss_before
+
+
+class Guard:
+    """A `SurgeGuard` with its state."""
+
+    def __init__(self):
+        self.rule = SurgeGuard()
+        self.state = self.rule.build(add_variable)
+
+    def is_surge(self, loss):
+        return self.rule.is_surge(self.state, loss)
+
+    def is_blamed(self, loss, before):
+        return self.rule.is_blamed(self.state, loss, before)
+
+    def accept(self, loss):
+        self.rule.accept(self.state, loss)
 
 
 @pytest.fixture
@@ -15,7 +32,7 @@ def make_guard():
     """Factory of float64 guards that have accepted some losses."""
 
     def make(losses=()):
-        guard = SurgeGuard(add_variable)
+        guard = Guard()
         for loss in losses:
             guard.accept(tf.constant(loss, tf.float64))
         return guard
@@ -75,7 +92,7 @@ def test_average_and_threshold_are_the_debiased_ones(count, make_guard):
     losses = np.random.default_rng(0).normal(1.0, 0.5, size=count)
     guard = make_guard(losses)
     average, deviation, threshold = recomputed(losses)
-    found = [float(value) for value in guard._debiased()]
+    found = [float(value) for value in _debiased(guard.state)]
     np.testing.assert_allclose(
         found, [average, deviation, 1 - 0.9**count], rtol=1e-12, atol=1e-15
     )
@@ -142,7 +159,7 @@ def test_float32_loss_in_a_graph(jit_compile, make_guard):
     found = [bool(accept(tf.constant(v))) for v in (1.0, 1.25)]
     assert found == [False, False]
     np.testing.assert_allclose(
-        guard._debiased(), expected._debiased(), rtol=1e-12
+        _debiased(guard.state), _debiased(expected.state), rtol=1e-12
     )
     assert accept(tf.constant(9.0))
 

@@ -7,12 +7,13 @@ import pytest
 import tensorflow as tf
 from scipy import optimize
 
+import keras_natgrad as kng
 from keras_natgrad.step import (
-    StepLength,
+    QuadraticStep,
     layer_coefficients,
     quadratic_coefficients,
 )
-from keras_natgrad.step.quadratic import (
+from keras_natgrad.step.coefficients import (
     for_each_layer,
     model_change,
     of_all_layers,
@@ -37,7 +38,7 @@ def choose(gram, slopes, automatic, momentum, rate=RATE):
     return quadratic_coefficients(
         tf.constant(gram),
         tf.constant(slopes),
-        StepLength(automatic, momentum),
+        QuadraticStep(automatic, momentum),
         tf.constant(rate, tf.float64),
     ).numpy()
 
@@ -146,16 +147,16 @@ def test_quadratic_form():
 
 
 @pytest.mark.parametrize(
-    ("automatic", "momentum", "expected"),
+    ("rule", "expected"),
     [
-        (True, None, True),
-        (True, 0.0, True),
-        (False, None, True),
-        (False, 0.9, False),
+        (kng.KFAC(), True),
+        (kng.KFAC(momentum=0.0), True),
+        (kng.KFAC(0.1), True),
+        (kng.KFAC(0.1, 0.9), False),
     ],
 )
-def test_needs_model(automatic, momentum, expected):
-    assert StepLength(automatic, momentum).needs_model is expected
+def test_needs_model(rule, expected):
+    assert rule.engine.rule.needs.model is expected
 
 
 def layered(seed, layers=4):
@@ -170,7 +171,7 @@ def solve_layers(gram, slopes, momentum=None, samples=1e12):
     return layer_coefficients(
         tf.constant(gram),
         tf.constant(slopes),
-        StepLength(True, momentum),
+        QuadraticStep(True, momentum),
         tf.constant(1.0, tf.float64),
         samples,
     ).numpy()

@@ -6,7 +6,12 @@ import pytest
 import tensorflow as tf
 
 import keras_natgrad as kng
-from keras_natgrad.step import AveragedGram, Refresh, get_quadratic_model
+from keras_natgrad.step import (
+    AveragedGram,
+    Refresh,
+    StateFactory,
+    get_quadratic_model,
+)
 
 
 def averaged(model, growth=None):
@@ -14,7 +19,10 @@ def averaged(model, growth=None):
         return keras.Variable(initializer, shape, "float64", name=name)
 
     refresh = Refresh(1, 1, growth)
-    return AveragedGram(model, refresh, add, keras.Variable)
+    factory = StateFactory(
+        add, add, lambda name, shape: keras.Variable("zeros", shape, "int32")
+    )
+    return AveragedGram(model, refresh, factory)
 
 
 def add(average, gram, norms, step):
@@ -110,7 +118,7 @@ def test_names_and_configs():
     assert get_quadratic_model(config) == model
     optimizer = kng.KFAC(quadratic_model=model)
     again = kng.KFAC.from_config(optimizer.get_config())
-    assert again.quadratic_model == model
+    assert again.settings.quadratic_model == model
 
 
 @pytest.mark.parametrize(

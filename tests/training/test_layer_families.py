@@ -298,7 +298,7 @@ def test_tied_weights_under_other_optimizers(make, recwarn):
     model = compiled(language(), make())
     losses = [float(model.train_on_batch(x, y)) for _ in range(6)]
     assert losses[-1] < losses[0]
-    plan = model.optimizer._plan
+    plan = model.optimizer.attachment.plan
     assert any("ReversibleEmbedding" in reason for reason in plan.reasons)
     assert [e.layer_class for e in plan.layers].count("Dense") == 1
 
@@ -437,6 +437,7 @@ def test_factor_and_products_of_the_network(float64):
     # Two directions, by the exact and the estimated product.
     vectors = rng.normal(size=(2, dense.shape[0]))
     directions = [factor.unflatten(tf.constant(v)) for v in vectors]
+    stacked = [recorded.curvature.join(each) for each in directions]
     expected = vectors @ dense @ vectors.T
     tensors = [factor.to_tensors(each) for each in directions]
     exact = fisher_gram(
@@ -450,7 +451,7 @@ def test_factor_and_products_of_the_network(float64):
     for column in range(2):
         unit = tf.one_hot([column] * 5, 2, dtype=tf.float64)
         backward = recorded.captured.backward([term.cotangent(unit)])
-        parts.append(estimated_gram(recorded.captured, backward, directions, 5))
+        parts.append(estimated_gram(recorded.captured, backward, stacked, 5))
     np.testing.assert_allclose(sum(parts), expected, rtol=1e-9)
     # The blocks on the diagonal of the same matrix.
     for kind in ("full", "diagonal"):

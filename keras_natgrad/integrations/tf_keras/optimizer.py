@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,22 +18,22 @@ from keras_natgrad._compat import (
     set_rate,
 )
 from keras_natgrad.capture import Plan
-from keras_natgrad.integrations.tf_keras.engine import Engine
+from keras_natgrad.integrations.tf_keras.adopted import AdoptedKFAC
 from keras_natgrad.integrations.tf_keras.forward import Recorder, remove_taps
 from keras_natgrad.integrations.tf_keras.losses import output_terms
+from keras_natgrad.optimizers.kfac import KFACSettings
 
 _NOT_ATTACHED = (
     "This KFAC optimizer is not attached to a model, so it cannot see the "
     "layers whose curvature it needs. Write `optimizer.attach(model)` before "
     "training."
 )
-# Arguments that tf_keras optimizers have too, and the other ones of the engine.
+# Arguments that tf_keras optimizers have too, and the others of KFAC.
 _CLIPPING = ("weight_decay", "clipnorm", "clipvalue", "global_clipnorm")
-_UNSUPPORTED = ("learning_rate", "refresh_where", "log_statistics", "name")
 _SETTINGS = tuple(
     name
-    for name, parameter in inspect.signature(Engine).parameters.items()
-    if parameter.kind is not parameter.VAR_KEYWORD and name not in _UNSUPPORTED
+    for name in KFACSettings.names()
+    if name not in ("log_statistics", "refresh_where")
 )
 
 
@@ -99,11 +98,11 @@ class KFAC(tf_keras.optimizers.Optimizer):
         super().__init__(name=name, jit_compile=False, **clipping)
         set_rate(self, learning_rate)
         self.automatic = automatic
-        engine = Engine("auto" if automatic else 1.0, **settings)
+        adopted = AdoptedKFAC("auto" if automatic else 1.0, **settings)
         # Not tracked by tf_keras: its state is in the list of variables.
-        object.__setattr__(self, "engine", engine)
+        object.__setattr__(self, "adopted", adopted)
         object.__setattr__(self, "_recorder", Recorder())
-        object.__setattr__(self, "_adopted", {})
+        object.__setattr__(self, "_matching", {})
         object.__setattr__(self, "_loss", None)
 
     # -- Attaching -------------------------------------------------------
@@ -137,7 +136,7 @@ class KFAC(tf_keras.optimizers.Optimizer):
                 "`attach` takes a tf_keras.Model. "
                 f"Received: model={model!r} of type {type(model).__name__}"
             )
-        self.engine.take_model(model, head, exclude)
+        self.adopted.take_model(model, head, exclude)
         self._recorder.install(model)
         if model.built and model.trainable_variables:
             with tf.init_scope():
@@ -146,11 +145,11 @@ class KFAC(tf_keras.optimizers.Optimizer):
 
     def detach(self) -> None:
         """Removes the instance `call` from the attached model."""
-        remove_taps(self.engine.attached_model())
+        remove_taps(self.adopted.attached_model())
 
     def summary(self, print_fn: Callable[[str], Any] | None = None) -> None:
         """Prints the block of each layer; see `keras_natgrad.KFAC.summary`."""
-        self.engine.summary(print_fn)
+        self.adopted.summary(print_fn)
 
     # -- State -----------------------------------------------------------
 
@@ -163,16 +162,16 @@ class KFAC(tf_keras.optimizers.Optimizer):
         """
         if getattr(self, "_built", False):
             return
-        if self.engine.plan is None and not self.engine.is_attached:
+        if self.adopted.plan is None and not self.adopted.is_attached:
             return
         variables = list(var_list)
         super().build(variables)
-        self.engine.adopt(variables)
+        self.adopted.adopt(variables)
         for own, adopted in zip(
-            variables, optimizer_variables(self.engine), strict=True
+            variables, optimizer_variables(self.adopted), strict=True
         ):
-            self._adopted[own.ref()] = adopted
-        for state in self.engine.variables:
+            self._matching[own.ref()] = adopted
+        for state in self.adopted.variables:
             self._variables.append(state.value)
         self._built = True
 
@@ -220,15 +219,15 @@ class KFAC(tf_keras.optimizers.Optimizer):
             "the parts of a batch are not combined",
             "Use keras_natgrad.KFAC with a Keras 3 model.",
         )
-        if not self.engine.is_attached:
+        if not self.adopted.is_attached:
             raise ValueError(_NOT_ATTACHED)
         gradients, variables = zip(*grads_and_vars, strict=True)
         with tf.init_scope():
             self.build(variables)
         own = [self._adopted_variable(variable) for variable in variables]
-        self.engine.learning_rate = current_rate(self)
+        self.adopted.learning_rate = current_rate(self)
         self._observe(gradients, own)
-        self.engine.apply(gradients, own)
+        self.adopted.apply(gradients, own)
         for variable in variables:
             if variable.constraint is not None:
                 variable.assign(variable.constraint(variable))
@@ -236,19 +235,19 @@ class KFAC(tf_keras.optimizers.Optimizer):
 
     def _observe(self, gradients: Sequence[Any], variables: Any) -> None:
         """Hands the forward pass to the engine."""
-        model = self.engine.attached_model()
+        model = self.adopted.attached_model()
         forward = self._recorder.take(model.name)
         with forward.gradient_tape:
             forward.terms = output_terms(
-                model, forward.model_outputs, self.engine.attached_head()
+                model, forward.model_outputs, self.adopted.attached_head()
             )
         forward.loss = tf.zeros([]) if self._loss is None else self._loss
         object.__setattr__(self, "_loss", None)
-        self.engine.receive_curvature(forward, gradients, variables)
+        self.adopted.receive_curvature(forward, gradients, variables)
 
     def _adopted_variable(self, variable: Any) -> Any:
         try:
-            return self._adopted[variable.ref()]
+            return self._matching[variable.ref()]
         except KeyError:
             raise ValueError(
                 "The optimizer was built for other variables. Create a new "
@@ -261,9 +260,9 @@ class KFAC(tf_keras.optimizers.Optimizer):
     @override
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments and the plan of the layers."""
-        engine = self.engine.get_config()
-        kept = {key: engine[key] for key in _SETTINGS}
-        plan = self.engine.plan
+        inner = self.adopted.get_config()
+        kept = {key: inner[key] for key in _SETTINGS}
+        plan = self.adopted.plan
         return {
             "name": self.name,
             "learning_rate": serialized_rate(self),
@@ -283,7 +282,7 @@ class KFAC(tf_keras.optimizers.Optimizer):
         plan = config.pop("plan", None)
         optimizer = super().from_config(config, custom_objects)
         if plan is not None:
-            optimizer.engine.take_plan(Plan.from_config(plan))
+            optimizer.adopted.take_plan(Plan.from_config(plan))
         return optimizer
 
 

@@ -11,11 +11,12 @@ from typing_extensions import override
 
 from keras_natgrad._compat import flatten_layers, optimizer_variables
 from keras_natgrad.capture import Plan
+from keras_natgrad.curvature import BlockCurvature
 from keras_natgrad.integrations.tf_keras.layers import l2_regularizers
 from keras_natgrad.optimizers import kfac
 
 
-class Engine(kfac.KFAC):
+class AdoptedKFAC(kfac.KFAC):
     """`keras_natgrad.KFAC` for a model of tf_keras.
 
     Its variables are `keras.Variable`s that share their values with the model's
@@ -25,17 +26,16 @@ class Engine(kfac.KFAC):
     @property
     def plan(self) -> Plan | None:
         """The plan of the layers, once known."""
-        return self._plan
+        return self.attachment.plan
 
     def take_plan(self, plan: Plan) -> None:
         """Takes the plan of a saved optimizer."""
-        self._hide("_plan", plan)
+        self.attachment.plan = plan
 
     @property
     def is_attached(self) -> bool:
         """Whether there is a model."""
-        reference = self._model_reference
-        return reference is not None and reference() is not None
+        return self.attachment.is_alive
 
     def adopt(self, variables: Sequence[tf.Variable]) -> None:
         """Builds the state for the variables of a model.
@@ -64,10 +64,12 @@ class Engine(kfac.KFAC):
         self, model: Any, head: Any, exclude: Sequence[Any] | None
     ) -> None:
         super().take_model(model, head, exclude)
-        if self._curvature_built:
+        if self.engine.is_built:
             variables = optimizer_variables(self)
             self._note_regularizers(model, variables)
-            self.note_ridge(variables)
+            direction = self.engine.direction
+            assert isinstance(direction, BlockCurvature)
+            direction.note_ridge()
 
     def _note_regularizers(self, model: Any, variables: Sequence[Any]) -> None:
         """Gives the variables their L2 regularizers, for the curvature."""

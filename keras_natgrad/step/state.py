@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import tensorflow as tf
-
-from keras_natgrad.step.guard import SurgeGuard
 
 #: Scalars of the last step, in the order of the saved vector.
 STATISTICS = (
@@ -28,47 +27,58 @@ COUNTERS = (
 )
 
 
+class StateFactory(NamedTuple):
+    """How the parts of an optimizer create their saved variables.
+
+    Attributes:
+        add: Creates a variable from (name, shape, initializer), in the dtype
+            of the curvature: float64 for a float64 model, else float32.
+        add_sum: The same for the sum of a part on every replica.
+        add_integer: Creates an int32 variable from (name, shape).
+    """
+
+    add: Callable[..., Any]
+    add_sum: Callable[..., Any]
+    add_integer: Callable[..., Any]
+
+
 class StepState:
     """Saved scalars, packed so that a step writes few variables.
 
     Args:
-        add_curvature_variable: `VariableFactory` of the curvature's dtype.
-        add_variable: The optimizer's `add_variable`.
+        factory: `StateFactory`.
     """
 
-    def __init__(self, add_curvature_variable: Any, add_variable: Any) -> None:
-        self.damping = add_curvature_variable("damping", (), "zeros")
+    def __init__(self, factory: StateFactory) -> None:
+        self.damping = factory.add("damping", (), "zeros")
         # Factor of a constant or scheduled damping, and of an adaptive one
-        # where it starts.
-        self.damping_scale = add_curvature_variable("damping_scale", (), "ones")
-        self._last = add_curvature_variable(
-            "statistics", (len(STATISTICS),), "zeros"
-        )
-        self._counters = add_variable(
-            shape=(len(COUNTERS),),
-            initializer="zeros",
-            dtype="int32",
-            name="counters",
-        )
-
+        # at its start.
+        self.damping_scale = factory.add("damping_scale", (), "ones")
+        #: The damping λ that the inverses in use were computed with.
+        self.inverted_at = factory.add("inverted_at", (), "zeros")
+        self._last = factory.add("statistics", (len(STATISTICS),), "zeros")
+        self._counters = factory.add_integer("counters", (len(COUNTERS),))
         # Steps at which statistics and inverses are renewed next, and whether
         # the graph has asked for a refresh that happens outside of it.
-        self.update_at, self.refresh_at, self.refresh_asked = (
-            add_variable(
-                shape=(), initializer="zeros", dtype="int32", name=name
-            )
-            for name in ("update_at", "refresh_at", "refresh_asked")
-        )
-
-        # Whether the last batch was skipped, and the guard's averages.
-        self._skipped_last = add_variable(
-            shape=(), initializer="zeros", dtype="int32", name="skipped_last"
-        )
+        self.update_at = factory.add_integer("update_at", ())
+        self.refresh_at = factory.add_integer("refresh_at", ())
+        self.refresh_asked = factory.add_integer("refresh_asked", ())
+        # Whether the inverses must be renewed before they are used again: 0
+        # before the first refresh, after a step that was taken back, and after
+        # `raise_damping`.
+        self._inverses_valid = factory.add_integer("inverses_valid", ())
+        # Whether the last batch was skipped.
+        self._skipped_last = factory.add_integer("skipped_last", ())
         # Steps taken back without one in between that held.
-        self._surges = add_variable(
-            shape=(), initializer="zeros", dtype="int32", name="surges"
-        )
-        self.guard = SurgeGuard(add_curvature_variable)
+        self._surges = factory.add_integer("surges", ())
+
+    def inverses_stale(self) -> tf.Tensor:
+        """Returns whether the inverses must be renewed before the next use."""
+        return tf.equal(self._inverses_valid.value, 0)
+
+    def mark_inverses(self, stale: bool) -> None:
+        """Says whether the inverses must be renewed before the next use."""
+        self._inverses_valid.assign(int(not stale))
 
     def skipped_last(self) -> tf.Tensor:
         """Returns whether no step was made on the last batch."""
