@@ -147,7 +147,9 @@ DOCSTRINGS = {
 }
 
 # Pages that take more than about ten seconds.
-SLOW = {"quickstart.md", "keras_tuner.md"}
+SLOW = {"quickstart.md", "keras_tuner.md", "distribution.md"}
+# A docstring that takes as long.
+SEARCHES = {"tuner.NaturalGradientHyperModel"}
 # Docstrings that make a few steps only.
 SHORT = {
     "callbacks.attach.Attach",
@@ -187,6 +189,7 @@ def eager_if_short(request):
     tf.config.run_functions_eagerly(False)
 
 
+@pytest.mark.variants(5)
 @pytest.mark.parametrize(
     "path",
     [
@@ -215,7 +218,16 @@ def test_page(path):
     assert around == []  # every entry of the table has met its block
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.variants(12)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, id=name, marks=pytest.mark.slow if name in SEARCHES else ()
+        )
+        for name in FOUND
+    ],
+)
 def test_docstring(name, eager_if_short):
     blocks, session = FOUND[name]
     before, after = DOCSTRINGS.get(name, (None, None))

@@ -184,6 +184,7 @@ def test_documented_code_parses(path):
         assert compile(block, str(path), "exec") is not None
 
 
+@pytest.mark.slow
 def test_quickstart_of_the_readme_runs(tmp_path):
     quickstart = python_blocks(ROOT / "README.md")[0]
     result = subprocess.run(

@@ -406,6 +406,7 @@ def test_hypermodel_refuses():
 # -- Searches ----------------------------------------------------------------
 
 
+@pytest.mark.variants("build")
 @pytest.mark.parametrize("build", [build, build_without_input])
 def test_best_model_trains_on_as_if_never_interrupted(tmp_path, digits, build):
     """Weights and curvature are those of the checkpoint, bit for bit."""
@@ -471,6 +472,7 @@ def test_random_search_goes_on_after_a_failed_trial(tmp_path, digits):
     assert statuses == ["COMPLETED"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [build, build_without_input])
 def test_hyperband_resumes_with_the_curvature(tmp_path, digits, build):
     """Its later rounds, also the one that was interrupted."""
@@ -499,6 +501,7 @@ def test_hyperband_resumes_with_the_curvature(tmp_path, digits, build):
     model.fit(*digits, batch_size=BATCH, verbose=0)
 
 
+@pytest.mark.slow
 def test_attach_in_a_search_without_the_wrapper(tmp_path, digits):
     """Each trial has a copy of its own; one that was used copies as well."""
 

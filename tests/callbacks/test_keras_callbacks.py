@@ -111,6 +111,7 @@ class Interrupt(keras.callbacks.Callback):
 FIT = {"epochs": 4, "batch_size": 8, "shuffle": False, "verbose": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run_eagerly", [True, False])
 def test_backup_and_restore(tmp_path, run_eagerly):
     x, y = data()
@@ -128,6 +129,7 @@ def test_backup_and_restore(tmp_path, run_eagerly):
     assert_equal(state(model), state(uninterrupted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_model_checkpoint(tmp_path, weights_only):
     x, y = data()

@@ -125,6 +125,7 @@ def test_causal(strides):
     check_both(layer, [layer], built(layer, (2, 5, 2)))
 
 
+@pytest.mark.variants("conv2d")
 @pytest.mark.parametrize(
     "layer",
     [
@@ -185,6 +186,7 @@ def test_patches_are_formed_for_several_uses_only():
     assert tuple(inputs.shape) == (3, 10, 7)
 
 
+@pytest.mark.variants("1-1")
 @pytest.mark.parametrize("uses", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_images_folded_into_the_batch(uses, groups):

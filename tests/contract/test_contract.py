@@ -20,6 +20,22 @@ CELLS = [
 ]
 
 
+@pytest.mark.variants(
+    "KFAC-learning_rate_schedule",
+    "NaturalGradient-weight_decay",
+    "NaturalGradient-gradient_accumulation",
+    "PRONG-mixed_bfloat16",
+    "NaturalGradient-steps_per_execution",
+    "KFAC-own_loop",
+    "KFAC-saved_model_file",
+    "PRONG-checkpoints",
+    "PRONG-orbax",
+    "KFAC-clone",
+    "PRONG-subclassed",
+    "NaturalGradient-embeddings",
+    "PRONG-regularizers",
+    "NaturalGradient-logs",
+)
 @pytest.mark.filterwarnings("ignore:These variables")
 @pytest.mark.parametrize(("optimizer", "feature"), CELLS)
 def test_cell(optimizer, feature, tmp_path):

@@ -106,6 +106,7 @@ def test_transformed_outputs_have_a_fisher_matrix_by_scores():
     assert np.all(np.abs(found - expected) <= 5 * error / np.sqrt(20_000))
 
 
+@pytest.mark.variants("laplace")
 @pytest.mark.parametrize("make", [laplace, shifted])
 def test_they_train(make):
     x = np.random.default_rng(0).normal(size=(128, 3)).astype("float32")

@@ -29,6 +29,7 @@ def captured(optimizer, model):
     return {layer.name for layer, _ in optimizer.planned_layers(model)}
 
 
+@pytest.mark.variants("kfac", "natural_gradient")
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_frozen_layers_need_a_new_optimizer(make):
     x, y = data()
@@ -43,6 +44,7 @@ def test_frozen_layers_need_a_new_optimizer(make):
     assert_equal(weights(model), before)
 
 
+@pytest.mark.variants("attach")
 @pytest.mark.parametrize("again", ["attach", "callback"])
 def test_attaching_again_keeps_what_was_given(again):
     x, y = data()
@@ -101,6 +103,7 @@ def test_layers_that_are_excluded_late():
     model.train_on_batch(x, y)
 
 
+@pytest.mark.variants("kfac")
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_another_model_with_the_same_optimizer(make):
     """`fit` says so; it does not speak of loops of one's own."""

@@ -71,6 +71,7 @@ def deep():
     )
 
 
+@pytest.mark.variants("kfac")
 def test_learns_with_default_arguments(make):
     x, y = data(64)
     model = compiled(optimizer=make(), run_eagerly=False)
@@ -79,6 +80,7 @@ def test_learns_with_default_arguments(make):
     assert model.evaluate(x, y, verbose=0) < 0.5 * before
 
 
+@pytest.mark.variants("kernel-xla")
 @pytest.mark.parametrize("mode", ["graph", "xla", "many"])
 def test_modes_agree(make, mode, float64):
     x, y = data()
@@ -97,6 +99,7 @@ def test_modes_agree(make, mode, float64):
     assert_close(weights(left), weights(right), 1e-6, 1e-9)
 
 
+@pytest.mark.variants("kfac")
 def test_saved_and_resumed_bit_for_bit(make, tmp_path):
     x, y = data()
     model = compiled(deep(), make(), run_eagerly=False)
@@ -148,6 +151,7 @@ def test_base_arguments(name, kwargs):
     assert any(np.any(a != b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.variants("kfac")
 def test_loss_scale_changes_nothing(make, float64):
     x, y = data()
     results = []
@@ -158,6 +162,7 @@ def test_loss_scale_changes_nothing(make, float64):
     assert_close(*results, 1e-9, 1e-12)
 
 
+@pytest.mark.variants("natural_gradient")
 def test_partial_batches_and_sample_weights(make):
     x, y = data(21)
     sample_weight = np.linspace(0, 1, 21)
@@ -168,6 +173,7 @@ def test_partial_batches_and_sample_weights(make):
     assert last < first
 
 
+@pytest.mark.variants("kfac-True", "natural_gradient-False", "rngd-True")
 @pytest.mark.parametrize("eager", [True, False])
 def test_bad_data_is_skipped_and_counted(make, eager):
     x, y = data()
@@ -191,6 +197,7 @@ def test_unattached(make):
         model.fit(x, y, **FIT)
 
 
+@pytest.mark.variants("kfac", "kernel")
 def test_summary_and_statistics(make):
     x, y = data()
     model = compiled(mlp(), make(log_statistics=True))
@@ -202,6 +209,7 @@ def test_summary_and_statistics(make):
     assert model.optimizer.statistics["batches"] == 3
 
 
+@pytest.mark.slow
 def test_custom_loop(make):
     x, y = data()
     model = mlp()

@@ -9,6 +9,7 @@ import keras_natgrad as kng
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+@pytest.mark.variants("kernel-40", "dense-40")
 @pytest.mark.parametrize("examples", [40, 6, 4])
 @pytest.mark.parametrize("solver", ["kernel", "dense"])
 def test_one_step_solves_linear_regression(solver, examples):

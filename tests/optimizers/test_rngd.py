@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_natgrad as kng
-from keras_natgrad.curvature import relative as curvature_relative
+from keras_natgrad.relative import curvature as relative_curvature
 from tests.reference import fisher, relative
 from tests.reference.bridge import dense_layers, matrix_of, network_of
 from tests.reference.heads import Term
@@ -231,6 +231,7 @@ class EigenReference(Reference):
             )
 
 
+@pytest.mark.variants("eager")
 @pytest.mark.parametrize(
     "mode", ["eager", "graph", pytest.param("xla", marks=pytest.mark.slow)]
 )
@@ -274,6 +275,7 @@ def test_steps_with_a_shared_eigenbasis(mode, float64):
     assert "tanh, 5² basis for" in lines[0]
 
 
+@pytest.mark.slow
 def test_shared_eigenbasis_is_saved_and_continues(tmp_path):
     x, y = data()
     options = dict(max_metric_elements=30, shared="eigen")
@@ -320,6 +322,7 @@ def test_setting_of_the_authors(float64):
     assert optimizer.statistics["refreshes"] == 3
 
 
+@pytest.mark.variants("1048576-mode0")
 @pytest.mark.parametrize(
     ("bound", "mode"),
     [
@@ -340,9 +343,9 @@ def test_the_output_layer_needs_no_columns_in_a_graph(
     weight = np.random.default_rng(2).uniform(size=len(x))
     weight[3] = 0.0
     sent_back, found = [], []
-    original = curvature_relative._far_statistics
+    original = relative_curvature._far_statistics
     monkeypatch.setattr(
-        curvature_relative,
+        relative_curvature,
         "_far_statistics",
         lambda *args: sent_back.append(args) or original(*args),
     )
@@ -393,6 +396,7 @@ def test_variables_without_a_layer_follow_their_gradient(float64):
         np.testing.assert_allclose(left, right, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_batch_normalization():
     x, y = data(64)
     model = keras.Sequential(

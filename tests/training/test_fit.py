@@ -48,6 +48,7 @@ def test_train_on_batch_equals_fit():
     assert_equal(state(left), state(right))
 
 
+@pytest.mark.slow
 def test_train_on_batch_in_a_graph():
     x, y = data()
     model = compiled(run_eagerly=False)
@@ -55,6 +56,7 @@ def test_train_on_batch_in_a_graph():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_eager_graph_and_steps_per_execution_agree(float64):
     """Five batches, of which the last one is partial."""
     x, y = data(36)
@@ -70,6 +72,7 @@ def test_eager_graph_and_steps_per_execution_agree(float64):
         assert_close(state(model), state(models[0]), 1e-6, 1e-9)
 
 
+@pytest.mark.slow
 def test_xla(float64):
     x, y = data(12)
     models = [compiled(), compiled(run_eagerly=False, jit_compile=True)]
@@ -79,6 +82,7 @@ def test_xla(float64):
     assert_close(state(models[1]), state(models[0]), 1e-6, 1e-9)
 
 
+@pytest.mark.slow
 def test_tf_data_without_a_static_batch_size():
     x, y = data(20)
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
@@ -131,6 +135,7 @@ def test_mixed_bfloat16():
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.variants("exact")
 @pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
 def test_every_fisher_trains(fisher):
     x, y = data()
@@ -139,6 +144,7 @@ def test_every_fisher_trains(fisher):
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.variants("kwargs0")
 @pytest.mark.parametrize(
     "kwargs",
     [

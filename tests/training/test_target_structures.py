@@ -62,6 +62,7 @@ LOSSES = ["mse", "huber"]
 LOSSES_BY_NAME = {"b": "mse", "a": "huber"}
 
 
+@pytest.mark.variants("kfac", "prong")
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_targets_by_name_for_a_list_of_outputs(make):
     found = trained(as_list, by_name, LOSSES_BY_NAME, make)
@@ -158,6 +159,12 @@ def with_added_loss():
     return model, (list(data()[:2]),)
 
 
+@pytest.mark.variants(
+    "with_own_loss-kfac",
+    "with_own_loss-prong",
+    "with_added_loss-kfac",
+    "with_added_loss-prong",
+)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("build", [with_own_loss, with_added_loss])
 def test_no_compiled_loss(build, make):
