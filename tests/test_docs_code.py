@@ -7,7 +7,6 @@ another one says after it what has to be true.
 """
 
 import doctest
-import re
 from typing import NamedTuple
 
 import keras
@@ -16,7 +15,7 @@ import tensorflow as tf
 
 import keras_natgrad as kng
 from tests import docs_setup as setup
-from tests.docs_code import ROOT, blocks_of_page, docstrings, pages
+from tests.docs_code import blocks_of_page, docstrings, pages
 
 
 class At(NamedTuple):
@@ -246,26 +245,3 @@ def test_docstring(name, eager_if_short):
     runner.run(session, out=report.append)
     assert runner.failures == 0, "".join(report)
     assert runner.tries == len(FOUND[name][1].examples)
-
-
-def test_tables_name_what_exists():
-    assert set(PAGES) <= {path.name for path in pages()}
-    assert set(DOCSTRINGS) | SHORT <= set(FOUND)
-    assert SLOW <= set(PAGES)
-
-
-def test_no_example_is_missed():
-    """As many blocks and doctests as there are openings of them."""
-    texts = [p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md")]
-    texts += [(ROOT / "README.md").read_text("utf-8")]
-    found = sum(len(blocks_of_page(path)) for path in pages())
-    assert found == sum(text.count("```python") for text in texts)
-    source = [
-        p.read_text("utf-8") for p in (ROOT / "keras_natgrad").rglob("*.py")
-    ]
-    blocks = sum(len(blocks) for blocks, _ in FOUND.values())
-    assert blocks == sum(text.count("```python") for text in source)
-    tries = sum(len(session.examples) for _, session in FOUND.values())
-    assert tries == sum(
-        len(re.findall(r"^ *>>> ", text, re.MULTILINE)) for text in source
-    )

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -11,7 +10,6 @@ from sklearn.datasets import load_digits
 
 import keras_natgrad as kng
 
-ROOT = Path(__file__).resolve().parent.parent
 MISSING = "keras-tuner or tensorboard is missing: pip install .[tuner]"
 keras_tuner = pytest.importorskip("keras_tuner", reason=MISSING)
 pytest.importorskip("tensorboard", reason=MISSING)
@@ -209,31 +207,6 @@ def test_what_is_given_is_not_searched():
         *("rate", "fisher_weight_sharing", "fisher_factor_decay"),
         *("fisher_curvature_update_period", "fisher_inverse_update_period"),
     }
-
-
-def test_the_guide_lists_what_is_searched():
-    text = (ROOT / "docs" / "keras_tuner.md").read_text(encoding="utf-8")
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in text.splitlines()
-        if line.startswith("| `kfac_")
-    ]
-    documented = {
-        name.split("`")[1]: values.replace("`", "").replace(";", ",")
-        for name, values in rows
-    }
-    hp = keras_tuner.HyperParameters()
-    search_space(hp)
-    expected = {}
-    for each in hp.space:
-        if each.name in NAMES:
-            rest = [value for value in each.values if value != each.default]
-            expected[each.name] = [str(v) for v in [each.default, *rest]]
-    assert set(documented) == {
-        *("kfac_damping_constant", "kfac_momentum_value", *expected)
-    }
-    for name, values in expected.items():
-        assert documented[name].split(", ") == values
 
 
 def test_search_space_refuses():

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.contract.features import FEATURES_IN_ORDER
-from tests.contract.table import OPTIMIZERS, REFUSALS, document, path
+from tests.contract.table import OPTIMIZERS, REFUSALS
 
 # Compilation takes long; that XLA agrees is tested with other networks too.
 SLOW = {"xla": pytest.mark.slow}
@@ -45,7 +45,3 @@ def test_cell(optimizer, feature, tmp_path):
         return
     with pytest.raises(ValueError, match=refusal):
         feature(OPTIMIZERS[optimizer], tmp_path)
-
-
-def test_table_is_in_the_documentation():
-    assert path().read_text(encoding="utf-8") == document()
