@@ -125,7 +125,7 @@ def test_causal(strides):
     check_both(layer, [layer], built(layer, (2, 5, 2)))
 
 
-@pytest.mark.variants("conv2d")
+@pytest.mark.variants("Conv2D")
 @pytest.mark.parametrize(
     "layer",
     [
@@ -136,7 +136,7 @@ def test_causal(strides):
         L.SeparableConv2D(5, 2, data_format="channels_first"),
         L.SeparableConv1D(5, 2, data_format="channels_first"),
     ],
-    ids=lambda layer: layer.name,
+    ids=lambda layer: type(layer).__name__,
 )
 def test_channels_first(layer):
     """Those that Keras runs on a CPU.
