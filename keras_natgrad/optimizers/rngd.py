@@ -258,7 +258,7 @@ class RNGD(PreconditionedOptimizer):
         def update() -> tf.Tensor:
             assert isinstance(self.curvature, RelativeCurvature)
             captured = self._capture(observation)
-            statistics = self.relative.curvature_statistics(
+            statistics = self.curvature.relative_statistics(
                 captured,
                 self._find_sources(),
                 observation.tape.taps,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_natgrad as kng
-from keras_natgrad.relative import curvature as relative_curvature
+from keras_natgrad.relative import curvature as curvature_relative
 from tests.reference import fisher, relative
 from tests.reference.bridge import dense_layers, matrix_of, network_of
 from tests.reference.heads import Term
@@ -343,9 +343,9 @@ def test_the_output_layer_needs_no_columns_in_a_graph(
     weight = np.random.default_rng(2).uniform(size=len(x))
     weight[3] = 0.0
     sent_back, found = [], []
-    original = relative_curvature._far_statistics
+    original = curvature_relative._far_statistics
     monkeypatch.setattr(
-        relative_curvature,
+        curvature_relative,
         "_far_statistics",
         lambda *args: sent_back.append(args) or original(*args),
     )

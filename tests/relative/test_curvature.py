@@ -75,7 +75,7 @@ def metrics(model, x, horizon=1, max_elements=LARGE, coefficients=None, **kw):
         curvature.entries,
         [variable.value for variable in variables],
     )
-    statistics = relative.curvature_statistics(
+    statistics = curvature.relative_statistics(
         captured, sources, taps, tf.constant([0, 0], tf.int32)
     )
     curvature.accumulate(statistics, 0.0)
