@@ -188,7 +188,7 @@ def eager_if_short(request):
     tf.config.run_functions_eagerly(False)
 
 
-@pytest.mark.variants(5)
+@pytest.mark.variants("README.md")
 @pytest.mark.parametrize(
     "path",
     [
@@ -217,7 +217,7 @@ def test_page(path):
     assert around == []  # every entry of the table has met its block
 
 
-@pytest.mark.variants(12)
+@pytest.mark.variants(6)
 @pytest.mark.parametrize(
     "name",
     [

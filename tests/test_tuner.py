@@ -516,6 +516,7 @@ def test_loss_scaling_resumes_with_its_scale(tmp_path, digits):
     assert_equal(state(model), state(trained[0]))
 
 
+@pytest.mark.slow
 def test_in_a_graph(tmp_path, digits):
     def build(hp):
         model = network(hp)

@@ -157,4 +157,4 @@ def partial_batches(make, folder):
     """A last batch that is smaller"""
     x, y = data(31)
     weight = np.linspace(0, 1, 31)
-    learns(compiled(make()), 4, x, y, sample_weight=weight)
+    learns(compiled(make()), 5, x, y, sample_weight=weight, batch_size=8)

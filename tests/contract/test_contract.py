@@ -11,6 +11,33 @@ CELLS = [
     for feature in features
     for name, make in OPTIMIZERS.items()
 ]
+# What no other test of the default run covers, once.
+DEFAULT_RUN = (
+    *(f"{name}-configuration" for name in OPTIMIZERS),
+    "KFAC-two_models",
+    "NaturalGradient-default_arguments",
+    "NaturalGradient-bad_data",
+    "NaturalGradient-logs",
+    "NaturalGradient-state_tree",
+    "NaturalGradient-not_attached",
+    "NaturalGradient-mirrored_strategy",
+    "RNGD-weight_decay",
+    "RNGD-loss_scale_factor",
+    "RNGD-several_optimizers",
+    "RNGD-summary",
+    "PRONG-learning_rate_schedule",
+    "PRONG-changed_learning_rate",
+    "PRONG-average_of_weights",
+    "PRONG-steps_per_execution",
+    "PRONG-own_loop",
+    "PRONG-partial_batches",
+    "PRONG-saved_model_file",
+    "PRONG-checkpoints",
+    "PRONG-orbax",
+    "PRONG-subclassed",
+    "PRONG-embeddings",
+    "PRONG-regularizers",
+)
 CELLS_OF_VARIANTS = [
     pytest.param(make, feature, id=f"{name}-{feature.__name__}")
     for feature in FEATURES_OF_VARIANTS
@@ -18,6 +45,7 @@ CELLS_OF_VARIANTS = [
 ]
 
 
+@pytest.mark.variants(*DEFAULT_RUN)
 @pytest.mark.filterwarnings("ignore:These variables")
 @pytest.mark.parametrize(("make", "feature", "name"), CELLS)
 def test_cell(make, feature, name, tmp_path):

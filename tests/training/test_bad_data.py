@@ -207,7 +207,7 @@ def test_head_that_does_not_fit_the_output(given):
         model.train_on_batch(x, np.zeros((24, 1)))
 
 
-@pytest.mark.variants("40-nan")
+@pytest.mark.variants("2-nan")
 @pytest.mark.parametrize("kind", ["nan", "weightless"])
 @pytest.mark.parametrize("count", [2, 40])
 def test_many_bad_batches_in_a_row(kind, count):
@@ -239,7 +239,7 @@ def test_many_bad_batches_in_a_row(kind, count):
 def test_a_good_batch_between_bad_ones():
     """The damping stays finite where every step is taken back."""
     x, y = data()
-    model = compiled()
+    model = compiled(run_eagerly=False)
     for _ in range(14):
         model.train_on_batch(x, y)
         for _ in range(2):

@@ -131,18 +131,6 @@ def test_attach_leaves_the_saved_file_alone(tmp_path):
     assert type(loaded) is keras.Sequential
 
 
-def test_training_leaves_the_layers_alone():
-    x, y = data()
-    model = mlp()
-    before = [set(vars(layer)) for layer in model.layers]
-    activations = [layer.activation for layer in model.layers]
-    compiled(model, run_eagerly=False)
-    model.fit(x, y, verbose=0)
-    assert [set(vars(layer)) for layer in model.layers] == before
-    assert [layer.activation for layer in model.layers] == activations
-    assert "call" not in vars(model)
-
-
 def test_attaching_again_changes_nothing():
     x, y = data()
     left, right = compiled(), compiled()
