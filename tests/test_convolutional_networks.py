@@ -194,7 +194,7 @@ def test_natural_gradient_is_the_damped_solve(solver):
     # Both units of the mean squared error have the scale one.
     fisher = SCALE**2 * definition(model, x)[0]
     optimizer = kng.NaturalGradient(1.0, 0.05, solver).attach(model)
-    model.compile(optimizer, "mse")
+    model.compile(optimizer, "mse", run_eagerly=True)
     model.train_on_batch(x, y)
     step = np.linalg.solve(
         fisher + 0.05 * np.eye(len(fisher)), np.ravel(gradient)

@@ -67,7 +67,7 @@ def embeddings(make, folder):
             keras.layers.Dense(3),
         ]
     )
-    learns(eager(make(), model), epochs=5, x=x, y=y)
+    learns(eager(make(), model), 10, x, y, batch_size=24)
 
 
 def weighted_examples(make, folder):

@@ -50,7 +50,8 @@ def test_attaching_again_keeps_what_was_given(again):
     x, y = data()
     model, head = named(), kng.heads.Categorical()
     optimizer = kng.KFAC().attach(model, head=head, exclude=["hidden"])
-    model.compile(optimizer, "sparse_categorical_crossentropy")
+    loss = "sparse_categorical_crossentropy"
+    model.compile(optimizer, loss, run_eagerly=True)
     callbacks = []
     if again == "attach":
         optimizer.attach(model)
@@ -76,7 +77,7 @@ def test_another_model_starts_anew():
 def test_the_callback_excludes():
     x, y = data()
     model = named()
-    model.compile(kng.KFAC(), "mse")
+    model.compile(kng.KFAC(), "mse", run_eagerly=True)
     attach = kng.callbacks.Attach(exclude=["last"])
     with pytest.warns(UserWarning, match="last"):
         model.fit(x, np.eye(3)[y], verbose=0, callbacks=[attach])
@@ -85,7 +86,9 @@ def test_the_callback_excludes():
 
 def test_a_head_that_comes_late_counts():
     x, y = data()
-    model = compiled(named(), loss="mse", run_eagerly=False)
+    # Two graphs are traced; those of a constant damping are small.
+    optimizer = kng.KFAC(0.1, momentum=0.0, damping=0.1)
+    model = compiled(named(), optimizer, "mse", run_eagerly=False)
     model.train_on_batch(x, np.eye(3)[y])
     assert "Normal" in model.optimizer.loss_rows()[0][1]
     model.optimizer.attach(model, head=kng.heads.Bernoulli())

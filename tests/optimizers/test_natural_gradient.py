@@ -35,7 +35,7 @@ def problem(name):
 def train(name, steps=20, **kwargs):
     model, loss, x, y = problem(name)
     optimizer = kng.NaturalGradient(**kwargs).attach(model)
-    model.compile(optimizer, loss)
+    model.compile(optimizer, loss, run_eagerly=True)
     for _ in range(steps):
         model.train_on_batch(x, y)
     return weights(model)
@@ -71,7 +71,7 @@ def test_step_with_regularizer_equals_numpy(solver, float64):
         [np.vstack([penalty * k, 0 * b[None]]).ravel() for k, b in pairs(model)]
     )
     optimizer = kng.NaturalGradient(1.0, 0.05, solver).attach(model)
-    model.compile(optimizer, loss)
+    model.compile(optimizer, loss, run_eagerly=True)
     model.train_on_batch(x, y)
     step = np.linalg.solve(dense + 0.05 * np.eye(len(flat)), gradient + decay)
     found = np.concatenate([np.vstack(p).ravel() for p in pairs(model)])
@@ -122,7 +122,7 @@ def test_norm_constraint(float64):
     )
     before = np.concatenate([np.vstack(p).ravel() for p in pairs(model)])
     optimizer = kng.NaturalGradient(damping=1e-3, norm_constraint=1e-4)
-    model.compile(optimizer.attach(model), loss)
+    model.compile(optimizer.attach(model), loss, run_eagerly=True)
     model.train_on_batch(x, y)
     after = np.concatenate([np.vstack(p).ravel() for p in pairs(model)])
     step = after - before
@@ -135,12 +135,12 @@ def test_line_search_takes_the_best_power_of_two(float64):
     for power in range(8):
         model, loss, x, y = problem("normal")
         optimizer = kng.NaturalGradient(2.0**-power, 1e-4).attach(model)
-        model.compile(optimizer, loss)
+        model.compile(optimizer, loss, run_eagerly=True)
         model.train_on_batch(x, y)
         losses[2.0**-power] = model.evaluate(x, y, verbose=0)
     model, loss, x, y = problem("normal")
     optimizer = kng.NaturalGradient(kng.LineSearch(), 1e-4).attach(model)
-    model.compile(optimizer, loss)
+    model.compile(optimizer, loss, run_eagerly=True)
     model.train_on_batch(x, y)
     best = min(losses, key=losses.get)
     assert optimizer.statistics["learning_rate"] == best
@@ -155,7 +155,7 @@ def test_a_step_that_raises_the_loss_is_taken_back(float64):
         initial=1e-12, period=1, minimum=0.0, inverse_ratio=1.0
     )
     optimizer = kng.NaturalGradient(damping=rule).attach(model)
-    model.compile(optimizer, loss)
+    model.compile(optimizer, loss, run_eagerly=True)
     before = weights(model)
     model.train_on_batch(x, y)
     assert optimizer.statistics["retracted"] == 1
@@ -182,7 +182,7 @@ def test_a_step_taken_back_leaves_the_previous_direction(kwargs, float64):
         initial=1.0, period=1, minimum=0.0, inverse_ratio=1.0
     )
     optimizer = kng.NaturalGradient(damping=rule, **kwargs).attach(model)
-    model.compile(optimizer, loss)
+    model.compile(optimizer, loss, run_eagerly=True)
 
     def previous():
         return [
@@ -213,7 +213,7 @@ def test_loss_times_a_thousand_is_the_same_run(float64):
     for scale in (None, 1000.0):
         model, loss, x, y = problem("normal")
         optimizer = kng.NaturalGradient().attach(model)
-        model.compile(optimizer, loss, loss_weights=scale)
+        model.compile(optimizer, loss, loss_weights=scale, run_eagerly=True)
         for _ in range(10):
             model.train_on_batch(x, y)
         results.append(weights(model))
@@ -323,7 +323,7 @@ def test_kronecker_preconditioner_saves_iterations(float64):
         model, loss, x, y = problem("normal")
         solver = kng.solvers.ConjugateGradient(4, 0.0, 0.0, kind)
         optimizer = kng.NaturalGradient(0.5, 1e-3, solver).attach(model)
-        model.compile(optimizer, loss)
+        model.compile(optimizer, loss, run_eagerly=True)
         scaled = x * np.array([0.03, 1.0, 30.0])
         for _ in range(30):
             model.train_on_batch(scaled, y)

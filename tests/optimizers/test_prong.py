@@ -219,7 +219,7 @@ def test_any_loss_without_a_warning(recwarn):
     def loss(y_true, y_pred):
         return tf.reduce_mean(tf.abs(y_pred) ** 1.5, axis=-1)
 
-    model.compile(optimizer, loss=loss)
+    model.compile(optimizer, loss=loss, run_eagerly=True)
     first = model.evaluate(x, y, verbose=0)
     model.fit(x, y, epochs=3, verbose=0)
     assert model.evaluate(x, y, verbose=0) < first

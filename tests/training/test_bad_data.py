@@ -239,7 +239,7 @@ def test_many_bad_batches_in_a_row(kind, count):
 def test_a_good_batch_between_bad_ones():
     """The damping stays finite where every step is taken back."""
     x, y = data()
-    model = compiled(run_eagerly=False)
+    model = compiled()
     for _ in range(14):
         model.train_on_batch(x, y)
         for _ in range(2):
