@@ -113,7 +113,8 @@ def test_they_train(make):
     y = (x[:, 0] + np.random.default_rng(1).normal(size=128)).astype("float32")
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     loss = keras_natgrad.losses.NegativeLogLikelihood(heads.Distribution(make))
-    model.compile(keras_natgrad.KFAC().attach(model), loss)
+    optimizer = keras_natgrad.KFAC().attach(model)
+    model.compile(optimizer, loss, run_eagerly=True)
     history = model.fit(x, y, batch_size=64, epochs=5, verbose=0)
     values = history.history["loss"]
     assert np.all(np.isfinite(values)) and values[-1] < values[0]
