@@ -155,7 +155,7 @@ def test_a_step_that_raises_the_loss_is_taken_back(float64):
         initial=1e-12, period=1, minimum=0.0, inverse_ratio=1.0
     )
     optimizer = kng.NaturalGradient(damping=rule).attach(model)
-    model.compile(optimizer, loss, run_eagerly=True)
+    model.compile(optimizer, loss)
     before = weights(model)
     model.train_on_batch(x, y)
     assert optimizer.statistics["retracted"] == 1
@@ -323,7 +323,7 @@ def test_kronecker_preconditioner_saves_iterations(float64):
         model, loss, x, y = problem("normal")
         solver = kng.solvers.ConjugateGradient(4, 0.0, 0.0, kind)
         optimizer = kng.NaturalGradient(0.5, 1e-3, solver).attach(model)
-        model.compile(optimizer, loss, run_eagerly=True)
+        model.compile(optimizer, loss)
         scaled = x * np.array([0.03, 1.0, 30.0])
         for _ in range(30):
             model.train_on_batch(scaled, y)
