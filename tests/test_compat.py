@@ -192,16 +192,16 @@ def test_kernel_variable_of_a_layer_without_the_private_name():
     assert _compat.kernel_variable(layer) is layer.kernel
 
 
-def test_is_plain():
+def test_layers_without_special_computation():
     dense, lora, quantized = (layers.Dense(4) for _ in range(3))
     for layer in (dense, lora, quantized):
         layer.build((None, 4))
     lora.enable_lora(2)
     quantized.quantize("int8")
-    assert _compat.is_plain(dense)
-    assert _compat.is_plain(layers.ReLU())
-    assert not _compat.is_plain(lora)
-    assert not _compat.is_plain(quantized)
+    assert not _compat.special_computation(dense)
+    assert not _compat.special_computation(layers.ReLU())
+    assert _compat.special_computation(lora)
+    assert _compat.special_computation(quantized)
 
 
 def test_wrapped_optimizers():
@@ -344,7 +344,6 @@ def test_special_computation():
     layer.quantize("int8")
     expected = "quantised to int8 and LoRA enabled"
     assert _compat.special_computation(layer) == expected
-    assert not _compat.is_plain(layer)
 
 
 def test_takes_argument():

@@ -126,7 +126,6 @@ DOCSTRINGS = {
     ),
     "losses.NegativeLogLikelihood": (setup.regression, None),
     "metrics.NegativeLogLikelihood": (setup.regression, None),
-    "natural_chain.dense": (setup.chained, setup.changed),
     "optimizers.base.CurvatureOptimizer.attach": (
         setup.regression,
         setup.attached,

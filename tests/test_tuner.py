@@ -372,7 +372,9 @@ def test_hypermodel_refuses():
         model.compile(optimizer="adam", loss="mse")
         return model
 
-    with pytest.raises(ValueError, match="of its own.*model=<OwnCompile"):
+    with pytest.raises(
+        ValueError, match="overrides `compile`.*model=<OwnCompile"
+    ):
         NaturalGradientHyperModel(own_compile).build(hp)
 
 

@@ -440,6 +440,7 @@ def test_model_garden_task():
         "kl_distance.py",
         "model_garden_task.py",
         "pinn_poisson.py",
+        "natural_chain.py",
         "natural_gradient_cg.py",
         "prong.py",
         "rngd_mnist.py",

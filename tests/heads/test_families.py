@@ -216,7 +216,7 @@ def test_softplus_without_a_floor_does_not_underflow():
         (lambda: heads.Gamma(-1.0), "`rate` must be a positive, finite number"),
         (lambda: heads.Geometric(1.5), "`probs` must be a number between 0"),
         (lambda: heads.Exponential(2.0), "no parameter left to predict"),
-        (lambda: heads.Binomial(0), "positive number of draws or trials"),
+        (lambda: heads.Binomial(0), "integer of at least 1"),
         (lambda: heads.links.Softplus(-1.0), "`floor` must be a non-negative"),
         (lambda: heads.links.Softplus(np.inf), "Received: floor=inf"),
         (lambda: heads.Binomial(2.5), "Received: total_count=2.5"),
