@@ -311,20 +311,6 @@ def test_is_scratch_graph():
     assert not _compat.is_scratch_graph(tf.Graph())
 
 
-def test_every_function_is_tested():
-    """One test per function of the module."""
-    functions = {
-        name
-        for name, value in vars(_compat).items()
-        if callable(value)
-        and getattr(value, "__module__", None) == _compat.__name__
-        and not isinstance(value, type)
-    }
-    tests = [name for name in globals() if name.startswith("test_")]
-    for function in functions:
-        assert any(test.startswith(f"test_{function}") for test in tests)
-
-
 def test_layer_graph():
     x = keras.Input((3,))
     first, second, third = (layers.Dense(2) for _ in range(3))

@@ -49,8 +49,9 @@ class Block(Settings, abc.ABC):
     work on all layers at once, and return one number per layer; everything
     else is for the block of one layer, see `of_layer`.
 
-    Subclasses declare their running averages with `add_average` and their
-    caches with `add_cache` in `build_state`, in shapes that start with `lead`.
+    Subclasses declare their running averages with `add_average`, their caches
+    with `add_cache` and what follows the gradients with `add_state`, all in
+    `build_state` and in shapes that start with `lead`.
     """
 
     #: Name under which the block is shown in the summary.
@@ -144,6 +145,7 @@ class Block(Settings, abc.ABC):
         """
         self._averages: dict[str, Any] = {}
         self._caches: dict[str, Any] = {}
+        self._others: dict[str, Any] = {}
         self._add_variable = add_variable
         self._add_sum = add_sum or add_variable
         self._weight = add_variable("weight", self.axis, "zeros")
@@ -165,10 +167,18 @@ class Block(Settings, abc.ABC):
         self._caches[name] = self._add_variable(name, shape, initializer)
         return self._caches[name]
 
+    def add_state(
+        self, name: str, shape: tuple[int, ...], initializer: Any = "zeros"
+    ) -> Any:
+        """Adds a variable that `observe_gradient` changes."""
+        self._others[name] = self._add_variable(name, shape, initializer)
+        return self._others[name]
+
     @property
     def variables(self) -> dict[str, Any]:
         """All state by name."""
-        return {"weight": self._weight, **self._averages, **self._caches}
+        own = {"weight": self._weight, **self._averages, **self._caches}
+        return {**own, **self._others}
 
     def copy_statistics(self, other: Block) -> None:
         """Takes the running averages of a block of the same kind and shape."""

@@ -15,6 +15,7 @@ from keras_natgrad.linalg import (
     Rows,
     StructuredRows,
     damped_inverse,
+    diagonal_of,
     expand_to,
     trace_norm_ratio,
 )
@@ -120,7 +121,7 @@ class DenseFactor(Factor):
 
     @override
     def trace(self, average: tf.Tensor) -> tf.Tensor:
-        return tf.linalg.trace(average)
+        return tf.reduce_sum(diagonal_of(average), axis=-1)
 
     @override
     def invert(self, average: tf.Tensor, damping: tf.Tensor) -> DampedInverse:

@@ -12,6 +12,7 @@ from keras_natgrad.linalg import (
     block_diagonal,
     contract_rows,
     damped_inverse,
+    diagonal_of,
     expand_to,
 )
 
@@ -54,8 +55,8 @@ class FullBlock(Block):
 
     @override
     def trace(self) -> tf.Tensor:
-        traces = tf.linalg.trace(self._averages["fisher"].value)
-        return self.debias(self.layer_sums(traces))
+        diagonal = diagonal_of(self._averages["fisher"].value)
+        return self.debias(self.layer_sums(diagonal))
 
     @override
     def refresh(

@@ -29,7 +29,7 @@ def describe_dense(layer: keras.layers.Dense) -> LinearMap:
 def merge_middle_axes(tensor: tf.Tensor, features: int) -> tf.Tensor:
     """Reshapes `[batch, ..., features]` to `[batch, shared, features]`."""
     if tensor.shape.rank == 2:
-        return tensor[:, tf.newaxis]
+        return tf.expand_dims(tensor, 1)
     if tensor.shape.rank == 3:
         return tensor
     static = tensor.shape[1:-1]

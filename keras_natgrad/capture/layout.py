@@ -137,9 +137,9 @@ class ParameterLayout:
 
 
 def _permute(tensor: tf.Tensor, permutation: Sequence[int]) -> tf.Tensor:
-    """Transposes the last axes, unless that would only make a copy."""
+    """Transposes the last axes, unless there is nothing to do."""
     if list(permutation) == sorted(permutation):
-        return tensor
+        return tensor  # A transposition would copy.
     first = tensor.shape.rank - len(permutation)
     axes = [*range(first), *(first + axis for axis in permutation)]
     return tf.transpose(tensor, axes)

@@ -111,14 +111,16 @@ def homogeneous(rows: Rows) -> Rows:
     """Returns canonical inputs with a one as last coordinate."""
     if isinstance(rows, StructuredRows):
         return rows.homogeneous()
-    return tf.concat([rows, tf.ones_like(rows[..., :1])], axis=-1)
+    paddings = [[0, 0]] * (rows.shape.rank - 1) + [[0, 1]]
+    return tf.pad(rows, paddings, constant_values=1)
 
 
 def position_count(rows: Rows) -> tf.Tensor:
     """Returns the number of shared positions."""
     if isinstance(rows, StructuredRows):
         return rows.shared
-    return tf.shape(rows)[-2]
+    static = rows.shape[-2]
+    return tf.shape(rows)[-2] if static is None else tf.constant(static)
 
 
 def position_mean(rows: Rows) -> tf.Tensor:
@@ -132,7 +134,7 @@ def scale_examples(rows: Rows, factors: tf.Tensor) -> Rows:
     """Returns the rows of each example times its factor, `[batch]`."""
     if isinstance(rows, StructuredRows):
         return rows.scale(factors)
-    return factors[:, tf.newaxis, tf.newaxis] * rows
+    return tf.reshape(factors, [-1, 1, 1]) * rows
 
 
 def take_examples(rows: Rows, examples: tf.Tensor) -> Rows:
@@ -148,6 +150,4 @@ def multiply(rows: Rows, matrix: tf.Tensor) -> tf.Tensor:
         return rows.matmul(matrix)
     if rows.shape.rank == 4:
         return tf.einsum("gbsn,gnm->gbsm", rows, matrix)
-    flat = tf.reshape(rows, [-1, rows.shape[-1]])
-    shape = tf.concat([tf.shape(rows)[:-1], matrix.shape[-1:]], axis=0)
-    return tf.reshape(tf.matmul(flat, matrix), shape)
+    return tf.einsum("bsn,nm->bsm", rows, matrix)

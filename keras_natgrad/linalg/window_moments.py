@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_natgrad.linalg.shared import held_once
 from keras_natgrad.linalg.windows import Size, Window, at_least, size_of
 
 # Elements of a temporary, in which examples are taken a few at a time.
@@ -37,6 +38,15 @@ def second_moment(
         window: `Window`.
         elements: Bound on the elements of a temporary.
     """
+    name = f"second_moment {window!r} {elements}"
+    return held_once(name, lambda own: _second_moment(own, window, elements))(
+        images
+    )
+
+
+def _second_moment(
+    images: tf.Tensor, window: Window, elements: int
+) -> tf.Tensor:
     axis = _lag_axis(images, window)
     rest = window if axis is None else window.drop(axis)
     side = images.shape[-1] * math.prod(window.kernel)

@@ -69,6 +69,7 @@ def test_factor_products():
     )
 
 
+@pytest.mark.slow
 def test_targets_lie_side_by_side():
     targets = HEAD.sample(OUTPUTS, [1, 2])
     assert targets.shape == (3, 11)

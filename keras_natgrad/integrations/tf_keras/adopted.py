@@ -17,7 +17,7 @@ from keras_natgrad.optimizers import kfac
 
 
 class AdoptedKFAC(kfac.KFAC):
-    """`keras_natgrad.KFAC` for a model of tf_keras.
+    """`keras_natgrad.KFAC` whose model is one of tf_keras.
 
     Its variables are `keras.Variable`s that share their values with the model's
     `tf.Variable`s.

@@ -28,7 +28,7 @@ _NOT_ATTACHED = (
     "layers whose curvature it needs. Write `optimizer.attach(model)` before "
     "training."
 )
-# Arguments that tf_keras optimizers have too, and the others of KFAC.
+# Arguments that tf_keras optimizers have too, and the other ones of the engine.
 _CLIPPING = ("weight_decay", "clipnorm", "clipvalue", "global_clipnorm")
 _SETTINGS = tuple(
     name
@@ -99,7 +99,7 @@ class KFAC(tf_keras.optimizers.Optimizer):
         set_rate(self, learning_rate)
         self.automatic = automatic
         adopted = AdoptedKFAC("auto" if automatic else 1.0, **settings)
-        # Not tracked by tf_keras: its state is in the list of variables.
+        # Kept from tracking: its state is in the list of variables.
         object.__setattr__(self, "adopted", adopted)
         object.__setattr__(self, "_recorder", Recorder())
         object.__setattr__(self, "_matching", {})
@@ -144,11 +144,11 @@ class KFAC(tf_keras.optimizers.Optimizer):
         return self
 
     def detach(self) -> None:
-        """Removes the instance `call` from the attached model."""
+        """Takes the instance `call` off the attached model."""
         remove_taps(self.adopted.attached_model())
 
     def summary(self, print_fn: Callable[[str], Any] | None = None) -> None:
-        """Prints the block of each layer; see `keras_natgrad.KFAC.summary`."""
+        """Prints what each layer got, see `keras_natgrad.KFAC.summary`."""
         self.adopted.summary(print_fn)
 
     # -- State -----------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "keras_natgrad"
-ROOT = Path(__file__).resolve().parent.parent / PACKAGE
+ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 MAX_LINES = 450
 
 # The top-level module that may touch what Keras keeps private.
