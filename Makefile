@@ -38,10 +38,11 @@ test: $(TEST_STAMP) ## Run the tests, except the slow ones
 slow: $(TEST_STAMP) ## Run the slow tests
 	$(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
-lint: $(DEV_STAMP) ## Check format, style and types
+lint: $(DEV_STAMP) ## Check format, style, types, imports and lists
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/lint
 
 format: $(DEV_STAMP) ## Format the code and sort the imports
 	$(BIN)/ruff check --fix .

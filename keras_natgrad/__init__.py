@@ -15,7 +15,6 @@ from keras_natgrad import (
     layers,
     losses,
     metrics,
-    natural_chain,
     solvers,
 )
 from keras_natgrad.blocks import register_block
@@ -58,7 +57,6 @@ __all__ = [
     "layers",
     "losses",
     "metrics",
-    "natural_chain",
     "register_block",
     "register_layer",
     "solvers",
@@ -66,7 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `tuner` where it is first used: Keras Tuner is optional."""
+    """Imports `tuner` on first use, because Keras Tuner is optional."""
     if name == "tuner":
         return importlib.import_module("keras_natgrad.tuner")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

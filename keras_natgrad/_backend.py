@@ -11,9 +11,9 @@ _REQUIRED = "tensorflow"
 def require_tensorflow_backend() -> None:
     """Raise unless Keras uses, or is about to use, the TensorFlow backend.
 
-    Importing Keras with a backend whose package is missing fails with an error
-    that says nothing about this package. So the settings that Keras would
-    read are read first, and Keras is asked only if it is loaded already.
+    Importing Keras fails with an unrelated error if the package of its backend
+    is missing. So this reads the settings that Keras would read, and asks Keras
+    only if it is already loaded.
 
     Raises:
         ImportError: If the backend of Keras is not TensorFlow.

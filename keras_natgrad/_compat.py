@@ -1,8 +1,8 @@
 """The only module that touches private Keras API.
 
-Every function says what it needs and why no public API gives it; each has a
-test in `tests/test_compat.py`, so that a new Keras release that moves one of
-them fails there and nowhere else.
+Every function says what it needs and why no public API provides it. Each has a
+test in `tests/test_compat.py`, so a Keras release that changes one of them
+fails there and nowhere else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CompiledLoss(NamedTuple):
 
 
 def flatten_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Returns all layers inside `model`, nested ones too, each one once.
+    """Returns all layers inside `model`, including nested ones, each once.
 
     `model.layers` lists direct children only, and inner layers of composite
     layers (attention projections, wrappers) appear in no public list.
@@ -45,9 +45,8 @@ def flatten_layers(model: keras.Model) -> list[keras.layers.Layer]:
 def compiled_losses(model: keras.Model) -> list[CompiledLoss]:
     """Returns the losses that `compile` resolved, once the loss is built.
 
-    Keras resolves aliases ("mse"), `loss_weights` and the structure of
-    outputs in `CompileLoss` on the first call; nothing public shows the
-    result.
+    Keras resolves aliases ("mse"), `loss_weights` and the structure of outputs
+    in `CompileLoss` on the first call; nothing public shows the result.
     """
     compiled = getattr(model, "_compile_loss", None)
     if compiled is None or not compiled.built:
@@ -60,10 +59,10 @@ def like_losses(
 ) -> tuple[Any, Any]:
     """Returns outputs and targets in the structure of `compiled_losses`.
 
-    `CompileLoss` takes targets in other structures than that of the outputs:
-    by the names of output layers, a single one with or without a list around
-    it, none where an output has no loss. It keeps what it makes of them, a
-    structure of `None`, but not the function that does.
+    `CompileLoss` accepts targets in other structures than the outputs: by the
+    names of output layers, a single one with or without a list around it, none
+    if an output has no loss. It keeps the resulting structure, filled with
+    `None`, but not the function that maps targets to it.
 
     Args:
         model: A compiled model whose loss has been called.
@@ -107,8 +106,8 @@ class DeclaredLoss(NamedTuple):
 def declared_losses(model: keras.Model) -> list[DeclaredLoss]:
     """Returns the losses given to `compile`, before any of them is called.
 
-    `compiled_losses` knows them only after the first step, and nothing public
-    tells the losses of a model.
+    `compiled_losses` knows them only after the first step, and no public API
+    gives them.
     """
     compiled = getattr(model, "_compile_loss", None)
     if compiled is None:
@@ -117,7 +116,7 @@ def declared_losses(model: keras.Model) -> list[DeclaredLoss]:
     try:
         outputs = model.output
     except AttributeError:
-        # A sequential model knows no more than the shape.
+        # A sequential model knows only the shape.
         shape = getattr(model, "output_shape", None)
         outputs = None if shape is None else keras.KerasTensor(shape)
 
@@ -146,8 +145,8 @@ def declared_losses(model: keras.Model) -> list[DeclaredLoss]:
 def loss_options(loss: Any) -> dict[str, Any]:
     """Returns the arguments with which a Keras loss calls its function.
 
-    Several losses keep them nowhere else: neither an attribute nor the
-    configuration of `Huber` has its `delta`.
+    Several losses store them nowhere else: `Huber` has its `delta` neither as
+    an attribute nor in its config.
     """
     return dict(loss._fn_kwargs)
 
@@ -163,8 +162,8 @@ def compute_loss(
 ) -> Any:
     """Returns the total training loss (losses, regularizers, `add_loss`).
 
-    The public `compute_loss` has a `training` argument that overrides in
-    user classes may lack; Keras's own wrapper handles both.
+    The `training` argument of the public `compute_loss` may be missing in a
+    user's override; Keras's own wrapper handles both cases.
     """
     return model._compute_loss(
         x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
@@ -172,7 +171,7 @@ def compute_loss(
 
 
 def call_with_training(model: keras.Model, x: Any) -> Any:
-    """Calls the model in training mode, where it knows the argument."""
+    """Calls the model in training mode, if it has the argument."""
     if model._call_has_training_arg:
         return model(x, training=True)
     return model(x)
@@ -188,19 +187,11 @@ def kernel_variable(layer: keras.layers.Layer) -> Any:
     return layer.kernel if kernel is None else kernel
 
 
-def is_plain(layer: keras.layers.Layer) -> bool:
-    """Returns whether the layer computes with its own float kernel.
+def special_computation(layer: keras.layers.Layer) -> str:
+    """Returns why a layer does not compute with its own float kernel, or "".
 
     Quantised layers run `quantized_call`, and LoRA splits the kernel into
     three variables; neither has the linear map that capture expects.
-    """
-    return not special_computation(layer)
-
-
-def special_computation(layer: keras.layers.Layer) -> str:
-    """Returns why a layer does not compute with its own float kernel.
-
-    In a few words, or an empty string where it does.
     """
     mode = getattr(layer, "quantization_mode", None)
     found = [f"quantised to {mode}"] if mode else []
@@ -228,7 +219,7 @@ def wrapped_optimizers(optimizer: Any) -> Iterator[Any]:
 
 
 def keras_mask(outputs: Any) -> Any:
-    """Returns the mask that Keras hung on a tensor, or `None`."""
+    """Returns the mask that Keras attached to a tensor, or `None`."""
     return getattr(outputs, "_keras_mask", None)
 
 
@@ -261,9 +252,10 @@ def add_summed_variable(
 ) -> keras.Variable:
     """Adds an optimizer variable that is the sum of its replicas' parts.
 
-    Under a strategy every replica assigns and reads its own part; read across
-    replicas it is the sum. `add_variable` cannot create such a variable, and
-    nothing public adds one that was created elsewhere.
+    Under a strategy every replica assigns and reads its own part; in the
+    cross-replica context the variable reads as the sum. `add_variable` cannot
+    create such a variable, and no public API adds one that was created
+    elsewhere.
     """
     initial = keras.initializers.get(initializer)
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -291,8 +283,8 @@ def apply_weight_decay(
 ) -> None:
     """Applies decoupled weight decay as the base class does.
 
-    The base class does it before `_backend_update_step`, also where the step
-    is then skipped.
+    The base class does it before `_backend_update_step`, even if the step is
+    then skipped.
     """
     keras.optimizers.Optimizer._apply_weight_decay(optimizer, variables)
 
@@ -300,8 +292,8 @@ def apply_weight_decay(
 def is_layer_class(candidate: Any) -> bool:
     """Returns whether something is a layer class of Keras 3 or tf_keras.
 
-    tf_keras need not be installed, and is slow to import: its layers are
-    known as modules of TensorFlow that are called.
+    tf_keras may not be installed and is slow to import, so its layers are
+    recognised as TensorFlow modules with a `call`.
     """
     if not isinstance(candidate, type):
         return False
@@ -313,7 +305,7 @@ def is_layer_class(candidate: Any) -> bool:
 def is_scratch_graph(graph: Any) -> bool:
     """Returns whether Keras made a graph only to infer a shape.
 
-    Such a graph is known by the name that Keras gives it.
+    Keras gives such a graph a special name.
     """
     return str(getattr(graph, "name", "")).startswith("scratch_graph")
 
@@ -322,10 +314,10 @@ class LayerGraph(NamedTuple):
     """How the layers of a sequential or functional model follow each other.
 
     Attributes:
-        consumers: Per `id` of a layer (or operation), those that its output
+        consumers: By `id` of a layer (or operation), the layers that its output
             goes to, one entry per use.
-        outputs: The `id`s of those that make an output of the model.
-        inputs: The `id`s of those that stand for an input of the model.
+        outputs: The `id`s of layers that produce an output of the model.
+        inputs: The `id`s of the input layers of the model.
     """
 
     consumers: dict[int, list[Any]]
@@ -336,7 +328,7 @@ class LayerGraph(NamedTuple):
 def layer_graph(model: keras.Model) -> LayerGraph | None:
     """Returns the graph of a built model, `None` for a subclassed one.
 
-    Keras shows the layers of a functional model, but not what connects them.
+    Keras exposes the layers of a functional model, but not their connections.
     """
     functional = getattr(model, "_functional", None) or model
     by_depth = getattr(functional, "_nodes_by_depth", None)
@@ -365,7 +357,7 @@ def layer_graph(model: keras.Model) -> LayerGraph | None:
 def set_rate(optimizer: Any, learning_rate: Any) -> None:
     """Sets the learning rate of a tf_keras optimizer in its constructor.
 
-    Every optimizer of tf_keras does it in this way, and there is no other.
+    Every optimizer of tf_keras does it this way; there is no other.
     """
     optimizer._learning_rate = optimizer._build_learning_rate(learning_rate)
 
@@ -373,8 +365,7 @@ def set_rate(optimizer: Any, learning_rate: Any) -> None:
 def current_rate(optimizer: Any) -> tf.Tensor:
     """Returns the learning rate of a tf_keras optimizer at this step.
 
-    A schedule is looked up by a private method, which tf_keras calls at the
-    beginning of a step.
+    A private method, called at the beginning of a step, evaluates schedules.
     """
     optimizer._compute_current_learning_rate()
     return tf.convert_to_tensor(optimizer.learning_rate)
@@ -389,7 +380,7 @@ def serialized_rate(optimizer: Any) -> Any:
 def has_loss_weights(model: Any) -> bool:
     """Returns whether a tf_keras model was compiled with `loss_weights`.
 
-    Only its container of losses knows them.
+    Only its container of losses stores them.
     """
     weights = getattr(model.compiled_loss, "_user_loss_weights", None)
     return weights is not None
@@ -398,7 +389,7 @@ def has_loss_weights(model: Any) -> bool:
 def layer_scale_class() -> type[keras.layers.Layer]:
     """Returns the class of ConvNeXt's scale per channel.
 
-    `keras.applications` builds models with it and does not export it.
+    `keras.applications` builds models with it but does not export it.
     """
     from keras.src.applications.convnext import LayerScale
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -9,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad._compat import flatten_layers
-from keras_natgrad.capture import Taps, make_plan, match_layers
+from keras_natgrad.capture import Plan, Taps, make_plan, match_layers
 from keras_natgrad.capture.eligibility import check_batched, check_reached
 from keras_natgrad.curvature import (
     FISHER_KINDS,
@@ -34,8 +35,8 @@ def fisher(
     """Returns the Fisher of a model's layers on a batch of inputs.
 
     The Fisher is that of the mean negative log-likelihood over the batch,
-    `F = 1/N Σ J_iᵀ F_η,i J_i`; targets do not enter. The model is called once
-    in inference mode, and neither it nor its gradients are changed.
+    `F = 1/N Σ J_iᵀ F_η,i J_i`; it does not depend on targets. The model is
+    called once, in inference mode, and is not changed.
 
     Args:
         model: A built `keras.Model`.
@@ -48,8 +49,8 @@ def fisher(
             patterns and names, as the `block` of `KFAC`.
         kind: How the Fisher is estimated: `"exact"`, `"propagated"` or
             `"sampled"`.
-        layer: Path (or last part of it) of one layer, to return its operator
-            only; not together with `combine`.
+        layer: Path of one layer (or its last part), to return only its
+            operator; not together with `combine`.
         combine: Whether to return one block-diagonal operator of all layers,
             in the order of the dictionary, instead of a dictionary.
         weight_sharing: `"expand"` or `"reduce"`.
@@ -58,9 +59,10 @@ def fisher(
     Returns:
         A `tf.linalg.LinearOperator` on the row-major flattened
         `[n (+1), m]` parameters, or a dictionary of them by layer path.
-        Variables that no captured layer owns have their diagonal, by
-        variable path. A further matrix of a layer has its variable's path;
-        of several layers with one path, the second has `"#2"` after it.
+        A variable that no captured layer owns has a diagonal operator, under
+        the variable's path. A further matrix of a layer is listed under its
+        variable's path. If several layers have the same path, `"#2"` is
+        appended to the second, and so on.
 
     Raises:
         ValueError: If a name is unknown, the head does not fit, or both
@@ -73,6 +75,42 @@ def fisher(
     operators["sequential/dense"].to_dense()
     ```
     """
+    _check(model, kind, layer, combine)
+    variables = model.trainable_variables
+    plan = make_plan(model, variables)
+    dtype = "float32"
+    if any(variable.dtype == "float64" for variable in variables):
+        dtype = "float64"
+    options = BlockOptions(
+        block=approximation,
+        weight_sharing=weight_sharing,
+        fallback="diagonal",
+    )
+    curvature = _curvature(plan, variables, options, dtype)
+    matched = match_layers(plan, model, variables)
+    captured = _capture(model, x, head, curvature, matched)
+    # A second pass takes second moments in the bases found by the first.
+    for repeat in (False, True):
+        if repeat and not curvature.update_bases():
+            break
+        statistics = curvature.statistics(
+            captured, kind, tf.constant([seed, 0], tf.int32)
+        )
+        curvature.accumulate(statistics, tf.constant(0.0, dtype))
+    owners = [owner for owner, _ in matched]
+    operators = _operators(curvature, variables, owners)
+    if layer is not None:
+        return _select(operators, layer)
+    if combine:
+        return tf.linalg.LinearOperatorBlockDiag(
+            list(operators.values()), is_self_adjoint=True
+        )
+    return operators
+
+
+def _check(
+    model: keras.Model, kind: str, layer: str | None, combine: bool
+) -> None:
     if kind not in FISHER_KINDS or kind == "empirical":
         raise ValueError(
             "`kind` must be 'exact', 'propagated' or 'sampled'; the "
@@ -90,78 +128,65 @@ def fisher(
             f"The model {model.name!r} has no weights yet. Call it once on "
             "data, or give it an Input, before asking for its Fisher."
         )
-    variables = model.trainable_variables
-    plan = make_plan(model, variables)
-    curvature = BlockDiagonal(
-        plan,
-        [tuple(variable.shape) for variable in variables],
-        BlockOptions(
-            block=approximation,
-            weight_sharing=weight_sharing,
-            fallback="diagonal",
-        ),
-        stacked=False,
-    )
-    wide = any(variable.dtype == "float64" for variable in variables)
-    dtype = "float64" if wide else "float32"
+
+
+def _curvature(
+    plan: Plan, variables: Sequence[Any], options: BlockOptions, dtype: str
+) -> BlockDiagonal:
+    """Returns the blocks of a plan, with their state."""
 
     def add_variable(name: str, shape: tuple[int, ...], init: str) -> Any:
         return keras.Variable(
             init, shape=shape, dtype=dtype, trainable=False, name=name
         )
 
-    curvature.build([f"v{i}" for i in range(len(variables))], add_variable)
+    shapes = [tuple(variable.shape) for variable in variables]
+    curvature = BlockDiagonal(plan, shapes, options, stacked=False)
+    curvature.build([f"v{i}" for i in range(len(shapes))], add_variable)
+    return curvature
+
+
+def _capture(
+    model: keras.Model,
+    x: Any,
+    head: Any,
+    curvature: BlockDiagonal,
+    matched: Sequence[tuple[keras.layers.Layer, int]],
+) -> CapturedPass:
+    """Calls the model once and records its layers."""
     with (
         Taps(flatten_layers(model)) as taps,
         tf.GradientTape(persistent=True) as tape,
     ):
         outputs = model(x, training=False)
     terms = mean_terms(outputs, head)
-    matched = match_layers(plan, model, variables)
-    records = [taps.record(layer_of, index) for layer_of, index in matched]
+    records = [taps.record(layer, index) for layer, index in matched]
     check_reached(records)
     check_batched(records, terms[0].outputs.shape[0])
-    captured = CapturedPass(
-        tape,
-        terms,
-        records,
-        curvature.entries,
-        [variable.value for variable in variables],
-    )
+    values = [variable.value for variable in model.trainable_variables]
+    return CapturedPass(tape, terms, records, curvature.entries, values)
 
-    def accumulate() -> None:
-        statistics = curvature.statistics(
-            captured, kind, tf.constant([seed, 0], tf.int32)
-        )
-        curvature.accumulate(statistics, tf.constant(0.0, dtype))
 
-    accumulate()
-    if curvature.update_bases():
-        # Second moments in the bases that the first pass has given.
-        accumulate()
+def _operators(
+    curvature: BlockDiagonal, variables: Sequence[Any], owners: Sequence[Any]
+) -> dict[str, Any]:
+    """Returns the operator of every block, by the path of its layer."""
     operators: dict[str, Any] = {}
     named = set()
-    owners = [id(layer_of) for layer_of, _ in matched]
     for entry, owner in zip_longest(curvature.entries, owners):
         name = variables[entry.variables[0]].path
-        if entry.layer is not None and owner not in named:
+        if entry.layer is not None and id(owner) not in named:
             name = entry.layer.path
-            named.add(owner)
+            named.add(id(owner))
         operators[_unique(name, operators)] = entry.block.operator()
-    if layer is not None:
-        return _select(operators, layer)
-    if combine:
-        return tf.linalg.LinearOperatorBlockDiag(
-            list(operators.values()), is_self_adjoint=True
-        )
     return operators
 
 
 def _unique(name: str, taken: dict[str, Any]) -> str:
-    """Returns the name, with a number where it is taken.
+    """Returns the name, with a number if it is already used.
 
-    Layers inside a layer may share a path: Keras gives what is called
-    `"dense"` by hand no number.
+    Layers inside a layer may share a path: Keras does not number layers that a
+    user has named.
     """
     numbered, count = name, 1
     while numbered in taken:

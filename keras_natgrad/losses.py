@@ -15,9 +15,9 @@ class NegativeLogLikelihood(keras.losses.Loss):
     """Negative log-likelihood of the targets under an output distribution.
 
     The last axis of the outputs holds the parameters of one distribution, so
-    the loss of an example is `-head.log_prob(y_pred, y_true)`, summed over
-    that axis and not averaged as in `keras.losses.MeanSquaredError`. A model
-    compiled with this loss needs no further `head` argument.
+    the loss of an example is `-head.log_prob(y_pred, y_true)`, summed over that
+    axis, not averaged as in `keras.losses.MeanSquaredError`. A model compiled
+    with this loss needs no further `head` argument.
 
     Args:
         head: A `keras_natgrad.heads.Head`, or what `keras_natgrad.heads.get()`

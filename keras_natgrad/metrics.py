@@ -9,12 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_natgrad import heads
-from keras_natgrad.heads.checks import check_integer
+from keras_natgrad.checks import check_integer
 
 __all__ = ["CalibrationError", "NegativeLogLikelihood"]
 
 
-# The loss of the same name has the registered one already.
+# The loss of the same name already has that registered name.
 @keras.saving.register_keras_serializable(
     package="keras_natgrad", name="NegativeLogLikelihoodMetric"
 )
@@ -69,9 +69,9 @@ class NegativeLogLikelihood(keras.metrics.Mean):
 class CalibrationError(keras.metrics.Metric):
     """How far predicted distributions are from calibrated, over all levels.
 
-    Of the targets, a share q should lie below the predicted quantile of level
-    q. The error is the mean absolute difference of the two over equally
-    spaced levels: 0 where the model is calibrated, at most ½.
+    A share q of the targets should lie below the predicted quantile of level q.
+    The error is the mean absolute difference between both shares over equally
+    spaced levels: 0 for a calibrated model, at most ½.
 
     Args:
         head: A head of continuous targets with a distribution function: a
@@ -81,8 +81,8 @@ class CalibrationError(keras.metrics.Metric):
         dtype: Dtype of the metric's result.
 
     Raises:
-        ValueError: If the head gives no distribution function of real targets,
-            or `levels` is no positive integer; when called, if the number of
+        ValueError: If the head has no distribution function of real targets, or
+            `levels` is not a positive integer; when called, if the number of
             outputs does not fit the head.
 
     References:

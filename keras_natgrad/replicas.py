@@ -1,17 +1,16 @@
-"""What replicas of a `tf.distribute` strategy have to agree on.
+"""What the replicas of a `tf.distribute` strategy must agree on.
 
 Every replica sees a part of the batch. The loss coefficients are those of the
-whole batch (Keras divides means by the number of replicas), so that gradients,
+whole batch (Keras divides means by the number of replicas), so gradients,
 losses, statistics of the curvature and `δᵀFδ` are sums over the replicas.
-What is made of these sums is the same on every replica, and so are all
-decisions.
+Everything computed from these sums, including all decisions, is the same on
+every replica.
 
-Statistics stay where they were computed: their variables are read as the sum
-of all replicas' parts, and only in the cross-replica context, where inverses
-are refreshed.
+Statistics stay where they were computed. Only the cross-replica context, where
+inverses are refreshed, reads their variables as the sum of all replicas' parts.
 
-Without a strategy, or with one replica, all functions here do nothing but
-call what they are given.
+Without a strategy, or with one replica, all functions here only call what they
+are given.
 """
 
 from __future__ import annotations
@@ -31,19 +30,18 @@ _UNSUPPORTED = (
 
 
 def replica_count() -> int:
-    """Returns the number of replicas that share a batch, one outside."""
+    """Returns the number of replicas that share a batch; one by default."""
     if tf.distribute.get_replica_context() is None:
         return 1
     return int(tf.distribute.get_strategy().num_replicas_in_sync)
 
 
 def replica_key() -> int | None:
-    """Returns what tells this replica from the others of its process."""
+    """Returns a key that identifies this replica in its process."""
     context = tf.distribute.get_replica_context()
     if context is None or replica_count() == 1:
         return 0
-    # A constant in graphs; no constant on a TPU, where all replicas share one
-    # trace.
+    # A constant in graphs, except on a TPU, where all replicas share one trace.
     identifier = tf.get_static_value(
         tf.convert_to_tensor(context.replica_id_in_sync_group)
     )
@@ -51,7 +49,7 @@ def replica_key() -> int | None:
 
 
 def replica_seed(seed: tf.Tensor) -> tf.Tensor:
-    """Returns a seed of this replica's own, an int32 `[2]` tensor."""
+    """Returns a seed for this replica, an int32 `[2]` tensor."""
     if replica_count() == 1:
         return seed
     context = tf.distribute.get_replica_context()
@@ -62,7 +60,7 @@ def replica_seed(seed: tf.Tensor) -> tf.Tensor:
 def sum_over_replicas(tensor: tf.Tensor) -> tf.Tensor:
     """Returns the sum of a tensor over all replicas.
 
-    Never inside `tf.cond` or a loop, which `cond` below is for.
+    Not allowed inside `tf.cond` or a loop; use `cond` below.
     """
     if replica_count() == 1:
         return tensor
@@ -75,20 +73,20 @@ def cond(
     true_function: Callable[[], Any],
     false_function: Callable[[], Any] | None = None,
 ) -> None:
-    """`tf.cond` whose branches may talk to the other replicas.
+    """`tf.cond` whose branches may communicate with other replicas.
 
     Args:
         predicate: Scalar bool, the same on all replicas.
-        true_function: Called for what it does.
-        false_function: Likewise, if there is anything to do.
+        true_function: Called for its side effects.
+        false_function: Likewise, or `None`.
     """
     false_function = false_function or _nothing
     if replica_count() == 1:
         tf.cond(predicate, _quiet(true_function), _quiet(false_function))
         return
 
-    # As Keras's LossScaleOptimizer does: a branch of a `tf.cond` in the
-    # replica context must not merge, replicas called inside one may.
+    # As in Keras's LossScaleOptimizer: a branch of a `tf.cond` must not merge
+    # in the replica context, but may call the replicas.
     def across(
         strategy: tf.distribute.Strategy,
         predicates: Any,
@@ -116,12 +114,12 @@ def cond(
 def across_replicas(function: Callable[[], Any]) -> Any:
     """Calls a function once for all replicas.
 
-    There, variables are read and assigned for all replicas: a sum is read as
+    Inside, variables are read and assigned for all replicas, and a sum reads as
     the sum of its parts.
 
     Args:
-        function: Closes over nothing but variables and what is the same on
-            all replicas.
+        function: May close only over variables and values that are equal on all
+            replicas.
 
     Returns:
         What the function returns.
@@ -134,13 +132,13 @@ def across_replicas(function: Callable[[], Any]) -> Any:
 
 
 def traced_once(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Returns the function such that a graph that calls it twice holds it once.
+    """Returns a function that a graph contains once, even if called twice.
 
-    That is, in the Python time of tracing; TensorFlow may inline it. Replicas
-    have variables of their own, and trace by themselves.
+    This holds while Python traces it; TensorFlow may inline it later. Replicas
+    have their own variables, so each traces its own function.
 
     Args:
-        function: Closes over nothing but variables.
+        function: May close only over variables.
     """
     if tf.executing_eagerly() or replica_count() > 1:
         return function
@@ -163,7 +161,7 @@ def traced_here(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def refresh_devices() -> Sequence[str]:
-    """Returns the devices of this process that share out a refresh."""
+    """Returns the devices of this process that share a refresh."""
     strategy = tf.distribute.get_strategy()
     if int(strategy.num_replicas_in_sync) == 1:
         return ()
@@ -171,7 +169,7 @@ def refresh_devices() -> Sequence[str]:
 
 
 def check_merge(name: str) -> None:
-    """Raises ValueError where replicas cannot leave their context."""
+    """Raises ValueError if replicas cannot leave their context."""
     if replica_count() == 1:
         return
     if tf.__internal__.distribute.strategy_supports_no_merge_call():
@@ -179,7 +177,7 @@ def check_merge(name: str) -> None:
 
 
 def refuse_replicas(name: str, what: str, reason: str, instead: str) -> None:
-    """Raises ValueError for what one replica alone can do."""
+    """Raises ValueError for a feature that needs a single replica."""
     count = replica_count()
     if count > 1:
         raise ValueError(

@@ -15,8 +15,8 @@ from keras_natgrad.training.train_step import curvature_optimizer
 try:
     import keras_tuner
 
-    # Keras Tuner imports it in every trial and does not require it; nor does
-    # TensorFlow any longer.
+    # Keras Tuner imports it in every trial but does not require it, and
+    # TensorFlow no longer does either.
     import tensorboard  # noqa: F401
 except ImportError as error:
     raise ImportError(
@@ -29,7 +29,7 @@ except ImportError as error:
 def search_space(hp: Any, prefix: str = "kfac_", **arguments: Any) -> KFAC:
     """Returns a `KFAC` whose arguments are hyper-parameters of a search.
 
-    These are searched, each with the default of `KFAC` as its default:
+    The search covers these arguments, with the defaults of `KFAC`:
 
     | argument | values |
     | --- | --- |
@@ -45,16 +45,16 @@ def search_space(hp: Any, prefix: str = "kfac_", **arguments: Any) -> KFAC:
 
     Args:
         hp: The `keras_tuner.HyperParameters` of the trial.
-        prefix: What the names of the hyper-parameters start with. Defaults
-            to `"kfac_"`.
-        **arguments: Arguments of `KFAC`. One that is given here is not
-            searched; it may be a hyper-parameter of your own.
+        prefix: Prefix of the names of the hyper-parameters. Defaults to
+            `"kfac_"`.
+        **arguments: Arguments of `KFAC` that are not searched; they may be your
+            own hyper-parameters.
 
     Returns:
         A `KFAC`.
 
     Raises:
-        ValueError: If `hp` or `prefix` is of another type.
+        ValueError: If `hp` or `prefix` has the wrong type.
 
     Example:
 
@@ -98,8 +98,8 @@ _CHOICES: tuple[tuple[str, list[Any], Any], ...] = (
 )
 
 
-# A conditional scope has to be entered where it is inactive as well, for a
-# tuner to find what is in it; the value there is `None`.
+# A conditional scope must be entered even if it is inactive, so that a tuner
+# finds the parameters in it; their value is then `None`.
 
 
 def _damping(hp: Any, name: str) -> str | float:
@@ -121,13 +121,13 @@ def _momentum(hp: Any, name: str) -> str | float | Spring:
 
 
 class NaturalGradientHyperModel(keras_tuner.HyperModel):
-    """Gives the models of any hyper-model a searched optimizer.
+    """Gives the models of any hyper-model an optimizer that is searched.
 
-    Each model is compiled again with the new optimizer, with the loss,
-    metrics, weights and other settings that it has; an optimizer of this
-    package is attached. The optimizer's state exists before weights are
-    loaded, so that the later rounds of `keras_tuner.Hyperband` and
-    `get_best_models` go on with the curvature that they saved.
+    Each model is compiled again with the new optimizer and its own loss,
+    metrics, weights and other settings; an optimizer of this package is
+    attached. The optimizer's state exists before weights are loaded, so the
+    later rounds of `keras_tuner.Hyperband` and `get_best_models` continue with
+    the saved curvature.
 
     Args:
         build: A function of `hp` that returns a compiled `keras.Model`, or a
@@ -141,8 +141,8 @@ class NaturalGradientHyperModel(keras_tuner.HyperModel):
 
     Raises:
         ValueError: If `build` or `optimizer` is not a function, or returns
-            something else; if the model's class has a `compile` of its own,
-            or metrics that are not registered with Keras.
+            something else; if the model's class overrides `compile`, or a
+            metric is not registered with Keras.
 
     Example:
 
@@ -206,13 +206,13 @@ class NaturalGradientHyperModel(keras_tuner.HyperModel):
 
     @override
     def declare_hyperparameters(self, hp: Any) -> None:
-        """Declares those of the wrapped hyper-model."""
+        """Declares the hyper-parameters of the wrapped hyper-model."""
         if self.hypermodel is not None:
             self.hypermodel.declare_hyperparameters(hp)
 
     @override
     def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trains the model, by the `fit` of the wrapped hyper-model."""
+        """Trains the model with the `fit` of the wrapped hyper-model."""
         if self.hypermodel is not None:
             return self.hypermodel.fit(hp, model, *args, **kwargs)
         return super().fit(hp, model, *args, **kwargs)
@@ -227,20 +227,20 @@ def _compile_arguments(model: Any) -> dict[str, Any]:
         )
     if type(model).compile is not keras.Model.compile:
         raise ValueError(
-            "The model's class has a `compile` of its own, so that Keras "
-            "cannot compile it again: use `search_space(hp)` in `build`, and "
-            f"no wrapper. Received: model={model!r}"
+            "The model's class overrides `compile`, so Keras cannot compile it "
+            "again: use `search_space(hp)` in `build`, without this wrapper. "
+            f"Received: model={model!r}"
         )
     config = model.get_compile_config()
-    # The loss itself need not be registered with Keras.
+    # The loss need not be registered with Keras.
     for name in ("optimizer", "loss"):
         config.pop(name)
     try:
         arguments = keras.saving.deserialize_keras_object(config)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "The model cannot be compiled again with its metrics: those of "
-            "your own must be classes or functions registered by "
+            "The model cannot be compiled again with its metrics: your own "
+            "metrics must be classes or functions registered by "
             f"`keras.saving.register_keras_serializable`. Received: {error}"
         ) from error
     return {**arguments, "loss": getattr(model, "loss", None)}

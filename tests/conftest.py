@@ -1,7 +1,6 @@
 """Set-up of every test process and of every test."""
 
 import os
-import re
 
 # Before TensorFlow and Keras are imported for the first time.
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -15,8 +14,6 @@ if _IS_XDIST_WORKER:
 import keras
 import pytest
 import tensorflow as tf
-
-from tests.slow_tests import PATTERNS, VARIANTS
 
 SEED = 1234
 LOGICAL_CPUS = 2
@@ -73,22 +70,29 @@ def mirrored_strategy():
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark the tests of `slow_tests`, before slow ones are left out."""
-    patterns = [
-        re.compile(re.escape(pattern).replace(r"\*", ".*"))
-        for pattern in PATTERNS
-    ]
-    variants = {}
+def pytest_collection_modifyitems(config, items):
+    """Mark the variants that the default run leaves out as slow.
+
+    `@pytest.mark.variants(3)` keeps three at equal distances of those that are
+    not slow already, `@pytest.mark.variants("xla", "one-eager")` those with
+    these ids.
+    """
+    tests = {}
     for item in items:
-        if any(pattern.fullmatch(item.nodeid) for pattern in patterns):
-            item.add_marker(pytest.mark.slow)
-        elif item.get_closest_marker("slow") is None:
-            name = item.nodeid.split("[")[0]
-            variants.setdefault(name, []).append(item)
-    for name, count in VARIANTS.items():
-        every = variants.get(name, [])
-        kept = {index * len(every) // count for index in range(count)}
-        for index, item in enumerate(every):
-            if index not in kept:
+        mark = item.get_closest_marker("variants")
+        if mark is not None and item.get_closest_marker("slow") is None:
+            tests.setdefault(item.nodeid.split("[")[0], []).append((item, mark))
+    by_id = any("[" in argument for argument in config.args)
+    for name, variants in tests.items():
+        every = [item for item, _ in variants]
+        wanted = variants[0][1].args
+        if isinstance(wanted[0], int):
+            count = wanted[0]
+            kept = [every[i * len(every) // count] for i in range(count)]
+        else:
+            kept = [each for each in every if each.callspec.id in wanted]
+            if len(kept) < len(wanted) and not by_id:
+                raise pytest.UsageError(f"{name} has no {wanted}")
+        for item in every:
+            if item not in kept:
                 item.add_marker(pytest.mark.slow)

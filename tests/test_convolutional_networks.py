@@ -102,6 +102,7 @@ def test_full_block_is_a_block_of_the_dense_fisher(layer):
 
 # Eschenhagen et al. 2023, propositions 1 and 2: linear networks whose outputs
 # are positions, or the mean over positions.
+@pytest.mark.variants("positions-True", "mean-True")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("pool", [False, True], ids=["positions", "mean"])
 def test_the_right_weight_sharing_is_exact(bias, pool):
@@ -154,6 +155,7 @@ def trained(optimizer, steps, **options):
     return losses, [np.asarray(v) for v in model.trainable_variables]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
@@ -176,6 +178,7 @@ def test_kfac_trains(weight_sharing):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.variants("kernel")
 @pytest.mark.parametrize("solver", ["kernel", "dense"])
 def test_natural_gradient_is_the_damped_solve(solver):
     """One step on a convolution alone, whose Fisher is one block."""
@@ -191,7 +194,7 @@ def test_natural_gradient_is_the_damped_solve(solver):
     # Both units of the mean squared error have the scale one.
     fisher = SCALE**2 * definition(model, x)[0]
     optimizer = kng.NaturalGradient(1.0, 0.05, solver).attach(model)
-    model.compile(optimizer, "mse")
+    model.compile(optimizer, "mse", run_eagerly=True)
     model.train_on_batch(x, y)
     step = np.linalg.solve(
         fisher + 0.05 * np.eye(len(fisher)), np.ravel(gradient)

@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEXT = (DOCS / "monitoring.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_table_of_logs():
     """Every name in the logs has a row, and every row is one."""
     names = {}

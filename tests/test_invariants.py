@@ -373,6 +373,7 @@ def batches_for(name, count=3, size=6, weighted=False):
 
 
 # curvlinops test_expand_setting_scaling: the curvature scales like the loss.
+@pytest.mark.variants("mse-False")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("loss", ["mse", "bernoulli", "categorical"])
 def test_invariant_11_reductions_scale_f_but_not_the_step(loss, weighted):
@@ -598,6 +599,7 @@ def set_matrix(layer, matrix):
 
 # Martens & Grosse 2015, theorem 1 and its corollaries: undamped K-FAC does not
 # depend on the coordinates of inputs and hidden units.
+@pytest.mark.variants(6)
 @pytest.mark.parametrize("where", ["input", "hidden", "output_of_hidden"])
 @pytest.mark.parametrize("block", ["kronecker", "full"])
 @pytest.mark.parametrize("loss", ["mse", "bernoulli"])

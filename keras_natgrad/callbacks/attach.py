@@ -18,7 +18,7 @@ class Attach(keras.callbacks.Callback):
 
     Args:
         head: Passed to `attach`.
-        exclude: Likewise. Defaults to what `attach` was given before.
+        exclude: Passed to `attach`. Defaults to what `attach` was given before.
 
     Raises:
         ValueError: When `fit` starts, if the compiled optimizer is not one
@@ -42,11 +42,25 @@ class Attach(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         """Attaches; called by `fit` before it makes its training function."""
         super().set_model(model)
-        optimizer = curvature_optimizer(model.optimizer)
-        if optimizer is None:
-            raise ValueError(
-                "`Attach` needs a model compiled with an optimizer of "
-                "keras_natgrad, e.g. keras_natgrad.KFAC(). "
-                f"Received: optimizer={model.optimizer!r}"
-            )
+        optimizer = compiled_optimizer(model, "Attach")
         optimizer.attach(model, head=self.head, exclude=self.exclude)
+
+
+def compiled_optimizer(model: keras.Model, callback: str) -> Any:
+    """Returns the optimizer of this package that a model was compiled with.
+
+    Args:
+        model: The model of a callback.
+        callback: Name of the callback, for the error.
+
+    Raises:
+        ValueError: If the optimizer is not from this package.
+    """
+    optimizer = curvature_optimizer(model.optimizer)
+    if optimizer is None:
+        raise ValueError(
+            f"`{callback}` needs a model compiled with an optimizer of "
+            "keras_natgrad, e.g. keras_natgrad.KFAC(). "
+            f"Received: optimizer={model.optimizer!r}"
+        )
+    return optimizer

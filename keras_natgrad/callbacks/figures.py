@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# More lines than this have no legend, and more eigenvalues are thinned out.
+# Plots with more lines have no legend; longer spectra are thinned out.
 _MOST_NAMES = 12
 _MOST_POINTS = 500
 _CONDITION = "condition_number/"
@@ -84,7 +84,7 @@ def _draw_conditions(ax: Any, history: Mapping[str, Sequence[float]]) -> None:
 def _draw_spectra(ax: Any, spectra: Mapping[str, np.ndarray]) -> None:
     ax.set_title("Last eigenvalues of the undamped blocks")
     for name, values in spectra.items():
-        # Rounding leaves none below this its sign, let alone its size.
+        # Eigenvalues below this are rounding; even their sign is arbitrary.
         kept = values > np.finfo(np.float32).eps * values.max(initial=0)
         rank = 1 + np.arange(values.size)[kept]
         ax.plot(*thinned(rank, values[kept]), label=name)
@@ -98,7 +98,7 @@ def _draw_spectra(ax: Any, spectra: Mapping[str, np.ndarray]) -> None:
 def thinned(
     rank: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns at most some hundred points, evenly spread in log rank."""
+    """Returns at most 500 points, evenly spread in log rank."""
     if rank.size <= _MOST_POINTS:
         return rank, values
     wanted = np.geomspace(1, rank.size, _MOST_POINTS).astype(int) - 1
@@ -126,6 +126,6 @@ def _line(
 
 
 def _log_scale(ax: Any, values: Sequence[float]) -> None:
-    """Sets a logarithmic axis, where there is anything to show on it."""
+    """Makes the axis logarithmic if it has any value to show."""
     if any(value > 0 and np.isfinite(value) for value in values):
         ax.set_yscale("log")

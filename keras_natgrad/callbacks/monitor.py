@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_natgrad.callbacks.attach import compiled_optimizer
 from keras_natgrad.callbacks.figures import monitor_figure
 from keras_natgrad.callbacks.refresh_timer import RefreshTimer
 from keras_natgrad.callbacks.spectra import (
@@ -19,10 +20,10 @@ from keras_natgrad.callbacks.spectra import (
     to_arrays,
 )
 from keras_natgrad.callbacks.tensorboard import SummaryWriter
-from keras_natgrad.training.train_step import curvature_optimizer
+from keras_natgrad.checks import check_integer, check_period
 
-# Of the optimizer's statistics, those that are logged, and their names there.
-# `learning_rate` belongs to Keras's callbacks, which log the attribute.
+# The optimizer's statistics that are logged, and their names in the logs.
+# `learning_rate` is taken: callbacks of Keras log the attribute by that name.
 _LOGGED = {
     "damping": "damping",
     "reduction_ratio": "reduction_ratio",
@@ -37,54 +38,57 @@ _LOGGED = {
 class CurvatureMonitor(keras.callbacks.Callback):
     """Records damping, steps and the curvature of every layer.
 
-    For every optimizer of the package, also inside a `LossScaleOptimizer`. A
-    record goes into the logs of Keras, so that `History`, `CSVLogger` and the
-    progress bar show it (put the monitor before other callbacks in the list),
-    into `history` and, with `log_dir`, to TensorBoard. In the logs are
+    Works with every optimizer of the package, also inside a
+    `LossScaleOptimizer`. Each record is added to the logs of Keras, where
+    `History`, `CSVLogger` and the progress bar find it (put the monitor first
+    in the list of callbacks), to `history` and, with `log_dir`, to TensorBoard.
+    The logs contain
 
     - `damping`: λ;
-    - `reduction_ratio`: that of the last adaptation, for an adaptive damping;
+    - `reduction_ratio`: the ratio at the last adaptation of the damping, if it
+      is adaptive;
     - `step_size`, `momentum`: α and μ of the last step, as the optimizer or
       its quadratic model chose them;
-    - `update_norm`: Euclidean norm of the last change of the trainable weights,
-      of all steps of the last call where `steps_per_execution` is above one;
-    - `skipped`, `retracted`, `refreshes`: how many batches had no step, how
+    - `update_norm`: Euclidean norm of the last change of the trainable weights;
+      with `steps_per_execution` above one, of the change by all steps of the
+      last call;
+    - `skipped`, `retracted`, `refreshes`: how many batches were skipped, how
       many steps were taken back, how often the inverses were refreshed;
-    - `condition_number`: the largest over the layers;
-    - `refresh_seconds`, where it is measured.
+    - `condition_number`: the largest of all layers;
+    - `refresh_seconds`, if it is measured.
 
     `history` is a dictionary of lists of equal length: these, `step` (the
     optimizer's iteration) and, for each layer, `condition_number/<layer>`,
     `largest_eigenvalue/<layer>` and `smallest_eigenvalue/<layer>`. The
-    eigenvalues are those of the undamped Fisher block, the condition number
-    that of the preconditioner in use, i.e. of the damped block as of the last
-    refresh. What is not known is NaN. A layer is called by its path, a
-    fallback variable by its own.
+    eigenvalues are those of the undamped Fisher block; the condition number is
+    that of the preconditioner in use, i.e. of the damped block at the last
+    refresh. Unknown values are NaN. Layers and fallback variables are named by
+    their paths.
 
-    A record reads some scalars from the device. Spectra cost `n³` per factor
-    of side n; larger ones than `max_size` are left out, with the reason in
-    `notes`. A record of the update norm keeps a copy of the weights for one
-    call of the training function.
+    A record reads some scalars from the device. Spectra cost `n³` per factor of
+    side n; factors larger than `max_size` are left out, and `notes` says why.
+    To record the update norm, the monitor keeps a copy of the weights during
+    one call of the training function.
 
     Args:
         every: `"epoch"` for a record at the end of each epoch, or a number of
             steps. Defaults to `"epoch"`.
-        spectra: Whether to compute eigenvalues. `NaturalGradient` keeps no
-            blocks, and has none. Defaults to `True`.
+        spectra: Whether to compute eigenvalues. `NaturalGradient` has no blocks
+            and therefore none. Defaults to `True`.
         log_dir: Folder for TensorBoard: scalars, and histograms of the
             logarithms (to base ten) of the eigenvalues. Needs the extra
             `tensorboard`. Defaults to `None`.
-        measure_refresh: Whether every record measures the wall time of one
-            refresh of all inverses: one that is made for this purpose, after
-            one to warm up, and whose results are thrown away. It needs a copy
-            of the optimizer's state. Defaults to `False`.
+        measure_refresh: Whether every record measures the wall time of a
+            refresh of all inverses. The refresh is made only for this, after a
+            first one to warm up, and its results are thrown away. This needs a
+            copy of the optimizer's state. Defaults to `False`.
         max_size: Largest side of a matrix whose eigenvalues are computed.
             Defaults to `1024`.
 
     Raises:
         ValueError: If an argument is out of range; when `fit` starts, if the
-            compiled optimizer is not one of keras_natgrad, or cannot do what
-            is asked for.
+            compiled optimizer is not from keras_natgrad, or does not support
+            the request.
         ImportError: When `fit` starts, if TensorBoard is not installed and
             `log_dir` is given.
 
@@ -108,23 +112,21 @@ class CurvatureMonitor(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         if every != "epoch":
-            _check_count(
-                "every", every, "'epoch' or a positive number of steps"
-            )
-        _check_count("max_size", max_size, "a positive integer")
+            every = check_period("every", every)
         self.every = every
         self.spectra = bool(spectra)
         self.log_dir = log_dir
         self.measure_refresh = bool(measure_refresh)
-        self.max_size = max_size
+        self.max_size = check_integer("max_size", max_size)
         #: Lists of what was recorded, by name.
         self.history: dict[str, list[float]] = {}
         #: The last eigenvalues of every layer, in the parts of
         #: `Block.spectra`, as NumPy arrays.
         self.last_spectra: dict[str, dict[str, np.ndarray]] = {}
-        #: Why layers have no spectrum.
+        #: Why a layer has no spectrum, by name.
         self.notes: dict[str, str] = {}
-        # With records at the ends of epochs, nothing has to wait for a batch.
+        # With records at the end of each epoch, nothing has to wait for a
+        # batch.
         self.async_safe = every == "epoch"
         self._step = self._begin = 0
         self._end = -1
@@ -137,7 +139,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     # -- Keras -----------------------------------------------------------
 
     def set_model(self, model: keras.Model) -> None:
-        """Starts anew where the model is another one."""
+        """Clears the records if the model is a different one."""
         if self.model is not model:
             self.history, self.last_spectra, self.notes = {}, {}, {}
             self._timer = None
@@ -159,20 +161,20 @@ class CurvatureMonitor(keras.callbacks.Callback):
             self._writer = None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Reads the number of steps, so that it need not be at every step."""
+        """Reads the number of steps once, not at every step."""
         self._step = int(self._optimizer().iterations.numpy())
         self._end = -1
         self._copies = []
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Keeps the weights, where the change by this call is recorded."""
+        """Keeps the weights if the change made by this call is recorded."""
         self._begin = batch
         if self._is_last(batch):
             # Keras also begins a batch that turns out not to exist.
             self._copies = [*self._copies[-1:], (batch, self._weights())]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Records, where it is time to."""
+        """Makes a record if one is due."""
         self._end = batch
         if not isinstance(self.every, int):
             return
@@ -184,7 +186,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self._log(logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Records, or repeats the last record of the epoch."""
+        """Makes a record, or repeats the last one of the epoch."""
         if self.every == "epoch" or not self.history:
             self.record()
         self._log(logs)
@@ -192,15 +194,15 @@ class CurvatureMonitor(keras.callbacks.Callback):
     # -- Recording -------------------------------------------------------
 
     def record(self) -> dict[str, float]:
-        """Records the state now; for loops of one's own as well.
+        """Records the current state; also for custom training loops.
 
-        There, call `monitor.set_model(model)` first.
+        In a custom loop, call `monitor.set_model(model)` first.
 
         Returns:
-            The record by name; empty before the optimizer's first step.
+            Values by name; empty before the optimizer's first step.
 
         Raises:
-            ValueError: If the compiled optimizer is not one of keras_natgrad.
+            ValueError: If the compiled optimizer is not from keras_natgrad.
         """
         optimizer = self._optimizer()
         statistics = optimizer.statistics
@@ -237,7 +239,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         """
         if layer not in self.last_spectra:
             raise ValueError(
-                "There is no spectrum of this layer. Known are "
+                "There is no spectrum of this layer. Known layers are "
                 f"{sorted(self.last_spectra)}; left out were "
                 f"{sorted(self.notes)}. Received: layer={layer!r}"
             )
@@ -246,8 +248,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
     def plot(self, path: Any = None) -> Any:
         """Draws what was recorded. Needs the extra `plots`.
 
-        Damping and reduction ratio, norms of the steps and condition numbers
-        over the steps, and the last spectra.
+        Plots damping, reduction ratio, step norms and condition numbers over
+        the steps, and the last spectra.
 
         Args:
             path: File to save the figure to, if any.
@@ -272,17 +274,10 @@ class CurvatureMonitor(keras.callbacks.Callback):
     # -- Parts of a record -----------------------------------------------
 
     def _optimizer(self) -> Any:
-        optimizer = curvature_optimizer(self.model.optimizer)
-        if optimizer is None:
-            raise ValueError(
-                "`CurvatureMonitor` needs a model compiled with an optimizer "
-                "of keras_natgrad, e.g. keras_natgrad.KFAC(). "
-                f"Received: optimizer={self.model.optimizer!r}"
-            )
-        return optimizer
+        return compiled_optimizer(self.model, "CurvatureMonitor")
 
     def _is_last(self, batch: int) -> bool:
-        """Returns whether there may be a record after this call."""
+        """Returns whether this call may be followed by a record."""
         steps = int(self.model.steps_per_execution)
         if isinstance(self.every, int):
             return self._step % self.every + steps >= self.every
@@ -343,7 +338,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self.notes[name] = reason
 
     def _seconds_of_refresh(self, optimizer: Any) -> float:
-        # The model may have been compiled with another one since.
+        # The model may have been compiled with another optimizer since.
         if self._timer is None or self._timer.optimizer is not optimizer:
             self._timer = RefreshTimer(self.model, optimizer)
         return self._timer.seconds()
@@ -361,8 +356,3 @@ class CurvatureMonitor(keras.callbacks.Callback):
             name: product_spectrum(parts)
             for name, parts in self.last_spectra.items()
         }
-
-
-def _check_count(name: str, value: Any, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")

@@ -1,4 +1,4 @@
-"""A callback that raises the damping where the loss is not finite."""
+"""A callback that raises the damping when the loss is not finite."""
 
 from __future__ import annotations
 
@@ -8,49 +8,50 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_natgrad.step.checks import check_integer, check_positive
-from keras_natgrad.training.train_step import curvature_optimizer
+from keras_natgrad.callbacks.attach import compiled_optimizer
+from keras_natgrad.checks import check_integer, check_positive
 
 
 class RaiseDamping(keras.callbacks.Callback):
-    """Goes back and raises the damping where the loss is not finite.
+    """Goes back and raises the damping when the loss is not finite.
 
-    Like `keras.callbacks.TerminateOnNaN`, but it takes the weights and the
-    optimizer's state of the last good copy and multiplies the damping by
-    `factor`; training goes on with the next batch. A copy is good if the loss
-    of the batch after it is finite; the first, of the start of training,
-    counts as good. Going back again to the same copy
-    multiplies by `factor` once more, and after `patience` times training
-    stops, with the weights of that copy.
+    Instead of ending training, as `keras.callbacks.TerminateOnNaN` does, it
+    restores the weights and the optimizer's state from the last good copy,
+    multiplies the damping by `factor` and goes on with the next batch. A copy
+    is good if the loss of the following batch is finite; the first copy, at the
+    start of training, counts as good. Every further return to the same copy
+    multiplies by `factor` once more; after `patience` returns training stops,
+    with the weights of that copy.
 
-    The optimizers of this package make no step on a batch whose loss or
-    gradient is not finite, and `KFAC` with an adaptive damping and momentum
-    takes its last step back after two such batches in a row (and earlier,
-    where the loss only surges). The callback therefore waits for `tolerance`
-    bad batches in a row, unless a weight is not finite. It is of use where
-    that is not enough, and with a constant or scheduled damping, which keeps
-    the factor; see `raise_damping` of the optimizers.
+    The optimizers of this package skip a batch whose loss or gradient is not
+    finite, and `KFAC` with adaptive damping and momentum takes back its last
+    step after two such batches in a row (or earlier, if the loss surges). The
+    callback therefore waits for `tolerance` bad batches in a row, unless a
+    weight is not finite. It helps when that is not enough, and with a constant
+    or scheduled damping, which keeps the factor; see `raise_damping` of the
+    optimizers.
 
-    After a bad batch the metrics of the epoch start anew, so that its means
-    stay finite. The learning rate stays as other callbacks have set it, all
-    else goes back, the iteration too.
+    After a bad batch the metrics of the epoch are reset, so that its means stay
+    finite. The learning rate stays as other callbacks have set it; all else is
+    restored, including the iteration.
 
-    A copy is held on the host: the size of the weights and the optimizer's
-    state, twice while a new one is being tried. As with `TerminateOnNaN`,
-    every batch waits for its loss.
+    Copies of the weights and the optimizer's state are held on the host: one,
+    or two while a new one is being tried. As with `TerminateOnNaN`, every batch
+    waits for its loss.
 
     Args:
-        factor: Of the damping, above one. Defaults to `10.0`.
+        factor: Factor by which the damping is raised, above one. Defaults to
+            `10.0`.
         keep_every: Steps between copies. Defaults to `100`.
         patience: How often in a row it goes back to the same copy before
             training stops. Defaults to `3`.
-        tolerance: Batches in a row without a finite loss that are left to the
+        tolerance: Number of bad batches in a row that are left to the
             optimizer. Defaults to `2`.
 
     Raises:
         ValueError: If an argument is out of range; when `fit` starts, if the
-            compiled optimizer is not one of keras_natgrad, or if its damping
-            is the constant zero, which no factor raises.
+            compiled optimizer is not from keras_natgrad, or if its damping is
+            the constant zero, which no factor raises.
 
     Example:
 
@@ -77,7 +78,8 @@ class RaiseDamping(keras.callbacks.Callback):
         self.keep_every = check_integer("keep_every", keep_every, 1)
         self.patience = check_integer("patience", patience, 1)
         self.tolerance = check_integer("tolerance", tolerance, 0)
-        #: Iterations at which it went back, and those that it went back to.
+        #: Pairs of the iteration at which it went back and the one it went back
+        #: to.
         self.returns: list[tuple[int, int]] = []
         self._start()
 
@@ -92,13 +94,7 @@ class RaiseDamping(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Checks the optimizer."""
-        optimizer = curvature_optimizer(self.model.optimizer)
-        if optimizer is None:
-            raise ValueError(
-                "`RaiseDamping` needs a model compiled with an optimizer of "
-                "keras_natgrad, e.g. keras_natgrad.KFAC(). "
-                f"Received: optimizer={self.model.optimizer!r}"
-            )
+        optimizer = compiled_optimizer(self.model, "RaiseDamping")
         if optimizer.damping.is_zero:
             raise ValueError(
                 "`RaiseDamping` multiplies the damping, which must not be "
@@ -115,9 +111,10 @@ class RaiseDamping(keras.callbacks.Callback):
         self._renew_metrics = False
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Takes a copy, where it is time to."""
+        """Takes a copy if one is due."""
         self._begin = batch
-        # Not earlier: an epoch that ends with a bad batch has no mean.
+        # Not earlier: the mean of an epoch that ends with a bad batch is
+        # undefined.
         if self._renew_metrics:
             self.model.reset_metrics()
             self._renew_metrics = False
@@ -138,7 +135,7 @@ class RaiseDamping(keras.callbacks.Callback):
                 self._since, self._failures = batch - self._begin + 1, 0
             return
         if self._kept is None and self._tried is not None:
-            # There is no better one than the first.
+            # There is no better copy than the first.
             self._kept, self._since = self._tried, 0
         self._tried = None
         self._renew_metrics = True
@@ -153,7 +150,7 @@ class RaiseDamping(keras.callbacks.Callback):
         if self._kept is None:
             self._stop(batch, "there is no good copy of the weights")
             return
-        optimizer = curvature_optimizer(self.model.optimizer)
+        optimizer = compiled_optimizer(self.model, "RaiseDamping")
         left = int(optimizer.iterations.numpy())
         for variable, value in self._kept:
             variable.assign(value)
@@ -180,7 +177,7 @@ class RaiseDamping(keras.callbacks.Callback):
         self.model.stop_training = True
 
     def _is_built(self) -> bool:
-        """Returns whether all state exists, building the optimizer's."""
+        """Returns whether all state exists, after building the optimizer's."""
         model = self.model
         if not model.built:
             return False
@@ -190,7 +187,7 @@ class RaiseDamping(keras.callbacks.Callback):
         return True
 
     def _variables(self) -> list[Any]:
-        """Returns what goes back: all but the learning rate."""
+        """Returns the variables to restore: all but the learning rate."""
         rate = self.model.optimizer.learning_rate
         everything = [*self.model.variables, *self.model.optimizer.variables]
         return [variable for variable in everything if variable is not rate]

@@ -1,4 +1,4 @@
-"""The seconds that a refresh of the inverses takes."""
+"""How many seconds a refresh of the inverses takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tensorflow as tf
 class RefreshTimer:
     """Times refreshes of all inverses, and leaves no trace of them.
 
-    The refresh is compiled as the training step of the model is.
+    The refresh is compiled like the training step of the model.
 
     Args:
         model: A compiled model.
@@ -46,7 +46,7 @@ class RefreshTimer:
     def seconds(self) -> float:
         """Returns the wall time of a refresh, after one to warm up.
 
-        The optimizer must have made a step. Its variables are put back.
+        The optimizer must have made a step. Its variables are restored.
         """
         variables = self.optimizer.variables
         kept = [tf.identity(variable.value) for variable in variables]

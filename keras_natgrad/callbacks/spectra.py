@@ -18,8 +18,8 @@ def block_names(optimizer: Any) -> list[tuple[str, Block]]:
     """Returns the blocks of an optimizer, each with the name of its layer.
 
     Args:
-        optimizer: An optimizer of the package, built. One that treats the
-            whole network at once has no blocks.
+        optimizer: A built optimizer of the package. An optimizer that treats
+            the whole network at once has no blocks.
     """
     curvature = getattr(optimizer, "curvature", None)
     if curvature is None:
@@ -57,8 +57,8 @@ def product_spectrum(parts: Parts) -> np.ndarray:
 def extremes(parts: Parts) -> tuple[float, float]:
     """Returns the smallest and the largest of the products.
 
-    Eigenvalues of a positive semi-definite matrix that are below zero are so
-    by rounding, and count as zero.
+    A negative eigenvalue of a positive semi-definite matrix is rounding and
+    counts as zero.
     """
     smallest, largest = np.ones([]), np.ones([])
     for values in parts.values():
@@ -75,8 +75,8 @@ def condition_number(inverse: Mapping[str, Any] | None) -> float:
         inverse: `Block.inverse_spectra()`.
 
     Returns:
-        A number of at least one, infinite where rounding made the matrix
-        singular; NaN where it is zero or not known.
+        A number of at least one; infinite if rounding made the matrix singular,
+        NaN if the matrix is zero or unknown.
     """
     if inverse is None:
         return float("nan")

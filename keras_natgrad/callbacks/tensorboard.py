@@ -17,8 +17,8 @@ class SummaryWriter:
         log_dir: The folder.
 
     Raises:
-        ImportError: If TensorBoard is not installed; TensorFlow 2.21 no
-            longer brings it, and its summaries need it.
+        ImportError: If TensorBoard is not installed. TensorFlow 2.21 no longer
+            installs it, but needs it for summaries.
     """
 
     def __init__(self, log_dir: Any) -> None:
@@ -40,9 +40,9 @@ class SummaryWriter:
         """Writes one record.
 
         Args:
-            scalars: Numbers by name; what is not finite is left out.
-            spectra: Eigenvalues by layer; of the positive ones the logarithm
-                to base ten is written as a histogram.
+            scalars: Numbers by name; those that are not finite are left out.
+            spectra: Eigenvalues by layer, written as a histogram of the
+                base-ten logarithms of the positive ones.
             step: The optimizer's iteration.
         """
         with self._writer.as_default(step=step):

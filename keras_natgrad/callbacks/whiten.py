@@ -1,4 +1,4 @@
-"""A callback that whitens the inputs of layers anew."""
+"""A callback that whitens the inputs of layers periodically."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_natgrad import _compat
+from keras_natgrad.checks import check_period, is_number
 from keras_natgrad.layers.whitening import (
     input_moments,
     rewhiten,
@@ -15,25 +16,24 @@ from keras_natgrad.layers.whitening import (
 
 
 class Whiten(keras.callbacks.Callback):
-    """Whitens the inputs of layers every so many steps.
+    """Whitens the inputs of layers every `period` steps.
 
     The layers are `keras_natgrad.layers.WhitenedDense` and the whitened
-    convolutions, whose patches are whitened. What the model computes stays
-    the same. The momentum of `keras.optimizers.SGD` is mapped to the new
-    weights, in which it is the same difference of canonical weights; other
-    optimizers keep statistics that belong to the old weights, and are
-    refused.
+    convolutions, whose patches are whitened. The model still computes the same
+    function. The momentum of `keras.optimizers.SGD` is mapped to the new
+    weights, where it is the same difference of canonical weights. Other
+    optimizers are refused, because their statistics belong to the old weights.
 
     A whitening costs one forward pass on `x`, and `n³` per layer of n inputs
     (kernel offsets × channels for a convolution).
 
     Args:
-        x: Inputs of the model on which means and covariances are estimated,
+        x: Inputs of the model from which means and covariances are estimated:
             some hundreds to thousands of training examples.
-        period: Steps between whitenings. The first is before the first step.
-            Defaults to `100`.
+        period: Steps between whitenings. The first whitening is before the
+            first step. Defaults to `100`.
         damping: ε, added to the covariance; non-negative. Defaults to `0.1`.
-        relative_damping: Whether ε counts in mean eigenvalues of each
+        relative_damping: Whether ε is in units of the mean eigenvalue of each
             layer's covariance. Defaults to `True`.
 
     Raises:
@@ -57,17 +57,7 @@ class Whiten(keras.callbacks.Callback):
         relative_damping: bool = True,
     ) -> None:
         super().__init__()
-        if (
-            isinstance(period, bool)
-            or not isinstance(period, int)
-            or period < 1
-        ):
-            raise ValueError(
-                "`period` must be a positive number of steps. "
-                f"Received: period={period!r}"
-            )
-        number = isinstance(damping, (int, float))
-        if not number or isinstance(damping, bool) or not damping >= 0:
+        if not is_number(damping) or damping < 0:
             raise ValueError(
                 "`damping` must be a non-negative float. "
                 f"Received: damping={damping!r}"
@@ -75,7 +65,7 @@ class Whiten(keras.callbacks.Callback):
         if not len(keras.tree.flatten(x)[0]):
             raise ValueError("`x` must have examples. Received: an empty x")
         self.x = x
-        self.period = period
+        self.period = check_period("period", period)
         self.damping = float(damping)
         self.relative_damping = relative_damping
         self._step = 0
@@ -87,22 +77,22 @@ class Whiten(keras.callbacks.Callback):
         whitened_layers(self.model)
         check_optimizer(self.model.optimizer)
         self._step = int(self.model.optimizer.iterations.numpy())
-        # A resumed run whitens where an uninterrupted one does.
+        # A resumed run whitens at the same steps as an uninterrupted one.
         self._due = -(-self._step // self.period) * self.period
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Reads the number of steps, so that it need not be at every step."""
+        """Reads the number of steps once, not at every step."""
         self._step = int(self.model.optimizer.iterations.numpy())
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Whitens, where it is time to."""
+        """Whitens if it is due."""
         self._begin = batch
         if self._step >= self._due:
             self.whiten()
             self._due = (self._step // self.period + 1) * self.period
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Counts the steps, of which one call may make several."""
+        """Counts the steps; one call may make several."""
         self._step += batch - self._begin + 1
 
     def whiten(self) -> None:
@@ -137,7 +127,7 @@ def check_optimizer(optimizer: Any) -> None:
         for name in ("use_ema", "gradient_accumulation_steps"):
             if getattr(each, name, None):
                 raise ValueError(
-                    f"`Whiten` cannot map what `{name}` keeps of the weights. "
+                    f"`Whiten` cannot map the weights that `{name}` keeps. "
                     f"Received: {name}={getattr(each, name)!r} of {each!r}"
                 )
 
@@ -151,7 +141,7 @@ def _gradient_descent(optimizer: Any) -> Any:
 
 
 def _velocities(optimizer: Any, layer: Any) -> list[Any]:
-    """Returns the momentum of a layer's trained weights, where there is."""
+    """Returns the momentum of a layer's trained weights, if there is any."""
     descent = _gradient_descent(optimizer)
     # Before the first step there is none yet.
     momentums = getattr(descent, "momentums", [])

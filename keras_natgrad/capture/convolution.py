@@ -24,7 +24,7 @@ from keras_natgrad.capture.registry import LinearMap, register_layer
 @register_layer(keras.layers.Conv2D)
 @register_layer(keras.layers.Conv3D)
 def describe_convolution(layer: Any) -> LinearMap | None:
-    """The map of a layer; none with a `convolution_op` of its own."""
+    """Describes a layer, unless it overrides `convolution_op`."""
     own = type(layer).convolution_op
     if own is not keras.layers.Conv2D.convolution_op:
         return None
@@ -34,8 +34,7 @@ def describe_convolution(layer: Any) -> LinearMap | None:
 def convolution_map(layer: Any) -> LinearMap:
     """`z[b, p] = patch(x[b], p) W + b`; the positions p are shared.
 
-    With groups of channels each group has patches, a matrix and outputs of
-    its own.
+    With groups of channels, each group has its own patches, matrix and outputs.
 
     Args:
         layer: A built layer with the attributes of a Keras convolution.

@@ -23,7 +23,7 @@ from keras_natgrad.capture.registry import LinearMap, register_layer
 @register_layer(keras.layers.DepthwiseConv1D)
 @register_layer(keras.layers.DepthwiseConv2D)
 def describe_depthwise(layer: Any) -> LinearMap:
-    """Each channel is a group: its patches times a matrix of its own."""
+    """Each channel is a group with its own patches and matrix."""
     layout = depthwise_layout(layer.kernel, bias_shape(layer))
     channels = layout.groups
     assert channels is not None

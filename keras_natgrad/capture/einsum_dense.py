@@ -24,8 +24,8 @@ class Equation:
         inputs: Labels of the input, without the ellipsis.
         kernel: Labels of the kernel.
         outputs: Labels of the output, without the ellipsis.
-        batch_axes: How many leading input axes the ellipsis stands for, or
-            zero where the equation names all of them.
+        batch_axes: How many leading input axes the ellipsis stands for, or zero
+            if the equation names all of them.
     """
 
     inputs: str
@@ -35,7 +35,7 @@ class Equation:
 
     @property
     def grouped(self) -> str:
-        """Labels in input, kernel and output: a matrix of its own for each."""
+        """Labels in input, kernel and output: each has its own matrix."""
         return "".join(
             c for c in self.kernel if c in self.inputs and c in self.outputs
         )
@@ -61,8 +61,8 @@ class Equation:
     def is_linear_map(self) -> bool:
         """Whether one matrix per group is applied at every shared position.
 
-        Not so where the kernel is summed over a label of its own, or where
-        the first axis, the batch, takes part.
+        Not if the kernel is summed over a label of its own, or if the kernel
+        has the first axis, the batch.
         """
         own = set(self.kernel) - set(self.inputs) - set(self.outputs)
         starts_with_batch = self.has_ellipsis or (
@@ -89,7 +89,7 @@ def parse_equation(equation: str) -> Equation:
 def describe_einsum_dense(layer: keras.layers.EinsumDense) -> LinearMap | None:
     """`z = einsum(equation, x, W) + b` with W applied at every position.
 
-    Labels in input, kernel and output alike are groups with a matrix each.
+    Labels in input, kernel and output are groups with one matrix each.
     """
     equation = parse_equation(layer.equation)
     leads = layer.equation.replace(" ", "")
@@ -142,8 +142,8 @@ def _bias_shape(
     """Returns the bias shape if the bias has one entry per output feature.
 
     A bias that varies over shared positions, or is common to several output
-    features or groups, is no homogeneous coordinate and falls back; as does
-    one whose axes are in another order than groups and features.
+    features or groups, is not a homogeneous coordinate and falls back. So does
+    a bias whose axes are in another order than groups and features.
     """
     if layer.bias is None:
         return None
@@ -165,8 +165,8 @@ def _canonical(
 ) -> tf.Tensor:
     """Moves group and feature axes last: `[batch, shared, *sizes]`.
 
-    Labels of the input that neither the kernel nor the output has are summed
-    over: the kernel acts on the sum.
+    Input labels that are in neither the kernel nor the output are summed over:
+    the kernel acts on the sum.
     """
     last = equation.grouped + features
     shared = "".join(c for c in equation.shared if c in labels)

@@ -38,8 +38,8 @@ def by_element(tensor: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
 
     Args:
         tensor: The tensor.
-        axes: The axes, in increasing order, along which the parameters
-            differ; along the others they are shared.
+        axes: The axes along which the parameters differ, in increasing order;
+            along the other axes they are shared.
     """
     rank = tensor.shape.rank
     shared = [axis for axis in range(1, rank) if axis not in axes]
@@ -56,7 +56,7 @@ def by_element(tensor: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
 @register_layer(keras.layers.PReLU)
 def describe_prelu(layer: keras.layers.PReLU) -> LinearMap:
     """`z = max(x, 0) + α min(x, 0)`, with `∂z/∂α = min(x, 0)`."""
-    # Along an axis that is shared, α has one element.
+    # Along a shared axis α has one element.
     axes = [i + 1 for i, side in enumerate(layer.alpha.shape) if side != 1]
     return LinearMap(
         variables=(layer.alpha,),

@@ -1,8 +1,8 @@
-"""Which layers can be captured, and whether cotangents reach them.
+"""Which layers can be captured, and whether cotangents can reach them.
 
-Before the first step: which layer owns which variable, and which embeddings see
-no examples. In every trace: whether a planned layer was called where cotangents
-can be sent back to it, example by example.
+Before the first step, this decides which layer owns which variable, and which
+embeddings see no examples. In every trace, it checks that cotangents can be
+sent back to each planned layer, example by example.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from keras_natgrad.capture.registry import (
 )
 from keras_natgrad.capture.traces import MapTrace
 
-# How the reason of a variable ends whose layer nobody described.
+# How the reason ends if no registered function describes the layer.
 _UNDESCRIBED = "variable without a captured linear map"
 
 
@@ -30,8 +30,9 @@ def owners_of_variables(
 ) -> dict[int, list[keras.layers.Layer]]:
     """Returns the layers that use each variable, by its id.
 
-    These are the layers with a map of it, and those that hold it themselves;
-    not the layers around them, nor those inside a layer whose map has it.
+    These are the layers whose map has the variable, and the layers that hold it
+    directly; not the layers around them, nor those inside a layer whose map has
+    it.
     """
     mapped: dict[int, list[keras.layers.Layer]] = {}
     held: dict[int, list[keras.layers.Layer]] = {}
@@ -82,12 +83,12 @@ def can_be_described(reason: str) -> bool:
 def embeddings_without_batch(model: keras.Model) -> dict[int, str]:
     """Returns why embeddings are not captured, by their id.
 
-    An embedding of positions is often called on `range(length)`, and its
-    output added to every example: the cotangents of the examples arrive as
-    one sum. Such a layer is built on a shape `(length,)`. So is one that is
-    called on a batch of single integers, where the model is first called on a
-    batch of known size; there that size is the model's own too. A list of all
-    integers of the vocabulary is taken for positions all the same.
+    An embedding of positions is often called on `range(length)`, and its output
+    is added to every example: the cotangents of the examples arrive as one sum.
+    Such a layer is built on a shape `(length,)`. A layer that is called on a
+    batch of single integers has such a shape too, if the model is first called
+    on a batch of known size; but then other layers are built on that size as
+    well. A list of all integers of the vocabulary always counts as positions.
 
     Args:
         model: A built model.
@@ -110,7 +111,7 @@ def embeddings_without_batch(model: keras.Model) -> dict[int, str]:
 
 
 def _vocabulary(layer: keras.layers.Layer) -> int | None:
-    """Returns the size of the vocabulary of a layer that only looks up."""
+    """Returns the vocabulary size of a layer that is only an embedding."""
     for spec in linear_maps(layer):
         if spec.layout.one_hot and spec.applies is None:
             return spec.layout.inputs
@@ -134,7 +135,7 @@ def _first_sides(shapes: Any) -> set[Any]:
 
 
 def check_reached(records: Sequence[MapTrace]) -> None:
-    """Raises ValueError if a planned layer ran in a graph of its own."""
+    """Raises ValueError if a planned layer ran in a separate graph."""
     _raise_unreached([record.layer.name for record in records if record.lost])
 
 
@@ -143,8 +144,8 @@ def check_batched(records: Sequence[MapTrace], batch: int | None) -> None:
     names = [r.layer.name for r in records if r.lacks_batch(batch)]
     if names:
         raise ValueError(
-            "These layers are called on inputs without the batch axis, where "
-            f"the examples cannot be told apart: {names}. Leave them out with "
+            "These layers are called on inputs without the batch axis, so that "
+            f"examples cannot be told apart: {names}. Leave them out with "
             f"`optimizer.attach(model, exclude={names})`; they then get the "
             "fallback block."
         )
@@ -158,8 +159,8 @@ def check_called(
 ) -> None:
     """Raises ValueError if outputs depend on layers that were not called.
 
-    A `tf.function` that was traced before runs without its Python code, so
-    that nothing is recorded.
+    A `tf.function` that was traced earlier runs without its Python code, so
+    nothing is recorded.
 
     Args:
         tape: Persistent tape of the forward pass.
@@ -180,9 +181,9 @@ def check_arrivals(
 ) -> None:
     """Raises ValueError if a layer was recorded, but not by the tape.
 
-    Recomputed parts run forward while tapes stand still: no cotangent comes
-    to such a pre-activation, although its weights get a gradient. A branch
-    that the loss does not use brings none either, but there the tape knows
+    Recomputed parts run forward while tapes are stopped: no cotangent reaches
+    such a pre-activation, although its weights get a gradient. In a branch that
+    the loss does not use there is no cotangent either, but there the tape knows
     how the pre-activation depends on the weights.
 
     Args:
@@ -190,7 +191,7 @@ def check_arrivals(
         outputs: The network's outputs.
         records: What the layers did.
         variables: For each record, those of its matrix.
-        cotangents: For each record one per use, `None` where none came.
+        cotangents: For each record one per use, `None` if there is none.
     """
     suspects = [
         any(
@@ -214,7 +215,7 @@ def _check_gradients(
 ) -> None:
     """Raises ValueError if the outputs depend on suspected layers.
 
-    The others are of no use to these outputs, and a Fisher of zero is right.
+    Layers that the outputs do not depend on correctly have a Fisher of zero.
     """
     found = [index for index, suspect in enumerate(suspects) if suspect]
     if not found:

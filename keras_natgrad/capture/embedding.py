@@ -23,8 +23,8 @@ from keras_natgrad.linalg import OneHot
 def describe_embedding(layer: keras.layers.Embedding) -> LinearMap:
     """`z[b, ..., :] = e_id E`: the inputs are one-hot vectors.
 
-    An integer of a masked token looks up its row like any other; where the
-    mask keeps it out of the loss its cotangent is zero.
+    A masked token looks up its row like any other; if the mask keeps it out of
+    the loss, its cotangent is zero.
     """
     return _lookup(layer)
 
@@ -36,8 +36,8 @@ def describe_reversible_embedding(
     """An embedding, and a projection of hidden states back to logits.
 
     The projection `z = h R` has its own matrix R, or `R = Eᵀ`. With tied
-    weights the gradient of E is `Σ e_id gᵀ + Σ u hᵀ`, with the cotangents u
-    of the logits and the hidden states h: one map that is used both ways.
+    weights the gradient of E is `Σ e_id gᵀ + Σ u hᵀ`, with the cotangents u of
+    the logits and the hidden states h: one matrix that is used both ways.
     """
     capped = layer.logit_soft_cap is not None
     if layer.tie_weights and capped:
@@ -90,7 +90,7 @@ def _lookup(
 def one_hot_rows(ids: Any, depth: int) -> OneHot:
     """Returns the rows that integers `[batch, ...]` look up.
 
-    As Keras does, negative ones count from the end; those out of range look
+    As in Keras, negative integers count from the end; those out of range look
     up nothing.
 
     Args:
@@ -107,7 +107,8 @@ def one_hot_rows(ids: Any, depth: int) -> OneHot:
             f"Received: ids={ids!r}"
         )
     if ids.dtype not in (tf.int32, tf.int64):
-        # TensorFlow takes no others as indices; small ones would overflow.
+        # TensorFlow takes no other dtypes as indices; small ones would
+        # overflow.
         wide = ids.dtype in (tf.uint32, tf.uint64)
         ids = tf.cast(ids, tf.int64 if wide else tf.int32)
     ids = tf.reshape(ids, [tf.shape(ids)[0], -1])

@@ -1,4 +1,4 @@
-"""Gradients of weights in full precision where a layer computes in half."""
+"""Gradients in full precision for layers that compute in half precision."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ def refine_gradients(
     records: Sequence[MapTrace],
     cotangents: Sequence[Sequence[tf.Tensor | None]],
 ) -> list[Any]:
-    """Returns the gradients with the parts of captured layers unrounded.
+    """Returns gradients with the parts of captured layers in full precision.
 
-    A layer in bfloat16 rounds the gradient of its kernel to eight bits, after
-    it has summed over the batch. An inverse Fisher enlarges what that leaves in
-    directions of little curvature by as much as it enlarges the gradient there.
-    Summed in float32 instead, `Σ_n Σ_s ā gᵀ` of the same inputs and cotangents,
-    the roundings of single examples average out.
+    A layer in bfloat16 sums the gradient of its kernel over the batch and
+    rounds it to eight bits. In directions of little curvature an inverse Fisher
+    enlarges this rounding error as much as the gradient. If instead
+    `Σ_n Σ_s ā gᵀ` is summed in float32 from the same inputs and cotangents, the
+    rounding errors of single examples average out.
 
-    What the layer itself contributed is taken from its gradient, and the same
-    sum in float32 put in its place; penalties and other uses of a variable
-    stay as they are.
+    The layer's own contribution to the gradient is replaced by the sum in
+    float32; penalties and other uses of a variable are unchanged.
 
     Args:
         gradients: One per source, `None` where there is none.
@@ -63,15 +62,14 @@ def _exact(
     record: MapTrace, cotangents: Sequence[tf.Tensor | None]
 ) -> list[tf.Tensor]:
     """Returns `Σ_n Σ_s ā gᵀ` in float32, as tensors like the variables."""
-    # All is summed, so that nobody asks which example is whose: one example
-    # holds the positions of all, also where uses differ in their first axis.
+    # Everything is summed, so examples need not be told apart: one example
+    # holds all positions, even if uses differ in their first axis.
     batch = tf.constant(1)
     inputs = record.canonical_inputs(_DTYPE, batch)
     canonical = record.canonical_cotangents(cotangents, _DTYPE, batch)
     layout = record.spec.layout
     matrix = tf.zeros([*layout.lead, layout.rows, layout.columns], _DTYPE)
-    # As a derivative, so that patches of images and one-hot rows need not be
-    # formed.
+    # As a derivative, so that patches and one-hot rows are never formed.
     with tf.GradientTape() as tape:
         tape.watch(matrix)
         slope = slopes(inputs, canonical, matrix)

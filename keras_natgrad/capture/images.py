@@ -46,12 +46,12 @@ def split_groups(tensor: tf.Tensor, groups: int) -> tf.Tensor:
 def patches(layer: Any, images: tf.Tensor, groups: int | None = None) -> Rows:
     """Returns the patches of a layer's images as rows.
 
-    Those of a kernel of one offset are the pixels themselves.
+    The patches of a 1×1 kernel are the pixels themselves.
 
     Args:
         layer: A layer with the attributes of a Keras convolution.
         images: The layer's input.
-        groups: Number of groups of channels, `None` for none.
+        groups: Number of groups of channels, or `None`.
     """
     window = window_of(layer)
     images = padded(channels_last(layer, images), window, layer.padding)
@@ -93,10 +93,10 @@ def with_bias(layer: Any, kernel: Any) -> tuple[Any, ...]:
 
 
 def bias_map(layer: Any) -> LinearMap:
-    """Returns the map of a bias that is no homogeneous coordinate.
+    """Returns the map of a bias that is not a homogeneous coordinate.
 
-    Its gradient is the sum of the cotangents over all positions, which makes
-    a matrix of one row, used once; its Kronecker block is then exact.
+    Its gradient is the sum of the cotangents over all positions: a matrix of
+    one row that is used once, so its Kronecker block is exact.
     """
 
     def ones(images: tf.Tensor) -> tf.Tensor:

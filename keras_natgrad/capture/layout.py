@@ -17,25 +17,24 @@ class ParameterLayout:
     """Maps (kernel, bias) to the homogeneous matrix and back.
 
     The kernel is viewed as `view`, transposed by `permutation` and reshaped
-    to `[n, m]`; the bias, where there is one, is flattened to the last row. A
-    layer that applies a matrix of its own to each of several groups of
-    features has `[groups, n, m]`. Plain data, so that it travels in an
-    optimizer's config.
+    to `[n, m]`; the bias, if there is one, is flattened to the last row. A
+    layer that applies one matrix to each of several groups of features has
+    `[groups, n, m]`. The layout is plain data, to be saved in an optimizer's
+    config.
 
     Attributes:
         kernel_shape: Shape of the kernel variable.
         permutation: Order of the axes that puts groups first, then inputs,
             then outputs.
-        inputs: Number n of input features, of one group.
-        outputs: Number m of output features, of one group.
+        inputs: Number n of input features of one group.
+        outputs: Number m of output features of one group.
         bias_shape: Shape of the bias variable, or `None`.
-        groups: Number of groups, or `None` for a layer without.
-        view: Shape in which the kernel's axes are permuted, where it is not
+        groups: Number of groups, or `None` for a layer without groups.
+        view: Shape in which the kernel's axes are permuted, if it is not
             `kernel_shape`.
-        one_hot: Whether the inputs are one-hot vectors, as those of an
-            embedding.
-        two_way: Whether the matrix is used as its transpose too, as that of
-            an embedding tied to the output projection.
+        one_hot: Whether the inputs are one-hot vectors, as in an embedding.
+        two_way: Whether the transposed matrix is used too, as in an embedding
+            tied to the output projection.
     """
 
     kernel_shape: tuple[int, ...]
@@ -50,7 +49,7 @@ class ParameterLayout:
 
     @property
     def rows(self) -> int:
-        """Number of rows, n plus one where there is a bias."""
+        """Number of rows: n, plus one if there is a bias."""
         return self.inputs + (self.bias_shape is not None)
 
     @property

@@ -1,9 +1,9 @@
 """Layers that Keras runs inside loops.
 
-A recurrent layer runs its cell in the graph of a loop over time steps, where
-no cotangent can be sent to a pre-activation: what belongs to the cell falls
-back. `TimeDistributed` treats time steps independently, and for the time of a
-recorded pass its layer is applied to all of them at once.
+A recurrent layer runs its cell in the graph of a loop over time steps, where no
+cotangent can be sent to a pre-activation: the variables of the cell fall back.
+`TimeDistributed` treats time steps independently, so during a recorded pass its
+layer is applied to all of them at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras_natgrad._compat import flatten_layers, takes_argument
 from keras_natgrad.capture.registry import may_support
 
-# Operations of functional models that leave the batch axis alone.
+# Operations of functional models that do not touch the batch axis.
 _ELEMENTWISE = {
     *("Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Negative"),
     *("Maximum", "Minimum", "Absolute", "Square", "Sqrt", "Exp", "Log"),
@@ -28,8 +28,8 @@ _ELEMENTWISE = {
 def unreachable_layers(model: keras.Model) -> dict[int, str]:
     """Returns why layers of a built model cannot be recorded, by their id.
 
-    Only loops that Keras makes are found. A loop or a `tf.function` of the
-    user's own shows in the first step.
+    Only loops made by Keras are found here. A user's own loop or `tf.function`
+    is found in the first step.
     """
     reasons: dict[int, str] = {}
     for layer in flatten_layers(model):
@@ -49,7 +49,7 @@ def unreachable_layers(model: keras.Model) -> dict[int, str]:
 def _loops_over_time(layer: keras.layers.Layer) -> bool:
     """Whether a layer is a TimeDistributed that stays a loop.
 
-    Keras unrolls the loop where the number of time steps is static.
+    Keras unrolls the loop if the number of time steps is static.
     """
     if not isinstance(layer, keras.layers.TimeDistributed):
         return False
@@ -61,12 +61,12 @@ def _loops_over_time(layer: keras.layers.Layer) -> bool:
 def can_fold(layer: keras.layers.TimeDistributed) -> bool:
     """Returns whether a built TimeDistributed may fold its time steps.
 
-    Folding time steps into the batch changes nothing where the wrapped layer
-    treats examples independently and draws no random numbers. That is taken
-    to hold for registered layers and for those of Keras without state;
-    batch statistics and the seeds of dropout are state. Functions of a user's
-    own may do anything to the batch, and the penalty of an
-    `activity_regularizer` is a mean over the batch, one for each time step.
+    Folding time steps into the batch changes nothing if the wrapped layer
+    treats examples independently and draws no random numbers. Registered layers
+    and Keras layers without state are assumed to do so; batch statistics and
+    the seeds of dropout are state. A user's own function may do anything to the
+    batch, and the penalty of an `activity_regularizer` is a mean over the
+    batch, one for each time step.
     """
     inner = [layer.layer, *flatten_layers(layer.layer)]
     return any(may_support(each) for each in inner) and all(
@@ -94,9 +94,9 @@ def folded_call(
 ) -> Callable[..., Any]:
     """Returns a `call` for a TimeDistributed that needs no loop if it can.
 
-    The wrapped layer sees `[batch · time, ...]`; its canonical positions are
-    taken out of the batch again by `MapTrace`. Whether it may be folded is
-    asked in the call, when it has been built.
+    The wrapped layer sees `[batch · time, ...]`; `MapTrace` takes its positions
+    out of the batch again. The call checks whether it may be folded, because
+    the layer has been built by then.
 
     Args:
         layer: A `keras.layers.TimeDistributed`.
@@ -121,7 +121,7 @@ def folded_call(
 
 
 def _sides(tensor: tf.Tensor) -> list[Any]:
-    """Returns the shape, static where it is known."""
+    """Returns the shape, with static sizes if they are known."""
     dynamic = tf.shape(tensor)
     return [
         dynamic[axis] if side is None else side

@@ -1,9 +1,9 @@
 """Normalisation layers: scale and shift of every channel.
 
-All compute `z = γ x̂ + β` with the normalised activations x̂, so that a
-channel's parameters form a 2×1 matrix with inputs (x̂, 1). As a block it has
-an exact 2×2 Fisher per channel. x̂ is computed again from the layer's input:
-dividing z by γ would fail where γ is zero.
+All compute `z = γ x̂ + β` with the normalised activations x̂, so the parameters
+of a channel form a 2×1 matrix with inputs (x̂, 1), and the block holds an exact
+2×2 Fisher per channel. x̂ is computed again from the layer's input: dividing z
+by γ would fail if γ is zero.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from keras_natgrad.capture.registry import (
 def describe_batch_normalization(
     layer: keras.layers.BatchNormalization,
 ) -> LinearMap | NotCaptured | None:
-    """x̂ by the statistics of the batch in training, else by moving ones."""
+    """x̂ by the batch's statistics in training, else by moving averages."""
     if layer.renorm:
         return NotCaptured("batch renormalisation")
-    # A list in tf_keras, which allows several axes.
+    # tf_keras allows several axes, as a list.
     first, *more = keras.tree.flatten(layer.axis)
     if more:
         return NotCaptured("normalisation along several axes")
@@ -131,18 +131,18 @@ def _scale_and_shift(
     axes: Callable[[int], Sequence[int]],
     with_arguments: bool = False,
 ) -> LinearMap | None:
-    """Returns the map of the parameters that there are and that train.
+    """Returns the map of those of the parameters that exist and are trained.
 
     Args:
         scale: The variable γ, or `None`.
         shift: The variable β, or `None`.
         normalise: Function from the layer's input to x̂.
-        axes: Function from the rank of the input to the axes along which
-            the parameters differ.
+        axes: Function from the rank of the input to the axes along which the
+            parameters differ.
         with_arguments: Whether `normalise` takes the call's arguments.
     """
     present = [v for v in (scale, shift) if v is not None]
-    # A parameter that is frozen by itself leaves the other one a map.
+    # If only one parameter is frozen, the other one still has a map.
     used = [v for v in present if v.trainable] or present
     if not used:
         return None

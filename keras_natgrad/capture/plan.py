@@ -37,7 +37,7 @@ class LayerPlan:
         layer_class: Name of the layer's class.
         variables: Positions of (kernel[, bias]) in the variable list.
         layout: Their `ParameterLayout`.
-        block: Name of the block that suits the layer, or `None`.
+        block: Name of the layer's preferred block, or `None`.
         bases: Names of the bases of the layer's class.
         reads_inputs: Whether its features are inputs of the model.
     """
@@ -52,7 +52,7 @@ class LayerPlan:
 
     @property
     def label(self) -> LayerLabel:
-        """What patterns are compared with."""
+        """The label that patterns are compared with."""
         return LayerLabel(self.path, (self.layer_class, *self.bases))
 
     def get_config(self) -> dict[str, Any]:
@@ -85,13 +85,13 @@ class LayerPlan:
 class Plan:
     """All captured layers and the variables that fall back.
 
-    An optimizer's state is creatable from this and the variable list alone,
-    so that a saved optimizer can be rebuilt before any model is attached.
+    An optimizer's state can be created from the plan and the variable list
+    alone, so a saved optimizer can be rebuilt before a model is attached.
 
     Attributes:
         layers: Captured layers.
         fallback: Positions of variables that no captured layer owns.
-        reasons: For each of them, why, in a few words.
+        reasons: Why each of them falls back, in a few words.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -99,11 +99,11 @@ class Plan:
     reasons: tuple[str, ...]
 
     def only_matrices(self, reason: str) -> Plan:
-        """Returns the plan without layers that are more than one matrix.
+        """Returns the plan with plain matrices only.
 
         Args:
-            reason: Why layers with groups or one-hot inputs, and matrices
-                that are used as their transposes too, fall back.
+            reason: Why layers with groups or one-hot inputs, and matrices whose
+                transposes are used too, fall back.
         """
         return self._without(
             reason,
@@ -113,10 +113,10 @@ class Plan:
         )
 
     def only_one_way(self, reason: str) -> Plan:
-        """Returns the plan without matrices that are used as Wᵀ too.
+        """Returns the plan without matrices whose transposes are used too.
 
         Args:
-            reason: Why these fall back.
+            reason: Why those fall back.
         """
         return self._without(reason, lambda layout: layout.two_way)
 
@@ -158,13 +158,12 @@ def make_plan(
     Args:
         model: A built `keras.Model`.
         variables: The variables that the optimizer trains, in its order.
-        exclude: Names, paths, globs or classes of layers that are not to be
-            captured.
+        exclude: Names, paths, globs or classes of layers to leave out.
 
     Returns:
-        The `Plan`. A layer is captured when all variables of its linear map
-        are among `variables`; whatever no captured layer owns falls back, as
-        does a variable that several layers own.
+        The `Plan`. A layer is captured if all variables of its linear map are
+        among `variables`. A variable that no captured layer owns falls back, as
+        does one that several layers own.
 
     Raises:
         ValueError: If a pattern of `exclude` matches no layer.
@@ -248,7 +247,7 @@ def _reason(
 def match_layers(
     plan: Plan, model: keras.Model, variables: Sequence[Any]
 ) -> list[tuple[keras.layers.Layer, int]]:
-    """Returns the model's layer, and which of its maps, for each entry.
+    """Returns the model's layer and the index of its map, for each entry.
 
     Args:
         plan: A `Plan`, possibly from a saved config.

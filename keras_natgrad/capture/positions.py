@@ -30,9 +30,9 @@ def known_positions(
 def shared_positions(layer: keras.layers.Layer, index: int = 0) -> int | None:
     """Returns the shared positions of one call of a layer, if known.
 
-    They follow from the shape that the layer was built for; `None` where that
-    has unknown sides. The canonical inputs of an example of that shape are
-    traced, not computed.
+    They follow from the shape that the layer was built for; the result is
+    `None` if a size is unknown. The canonical inputs of an example of that
+    shape are traced, not computed.
 
     Args:
         layer: A built layer.
@@ -47,7 +47,7 @@ def shared_positions(layer: keras.layers.Layer, index: int = 0) -> int | None:
         return None
     spec = linear_maps(layer)[index]
     if spec.applies is not None:
-        # Which of its matrices the call of that shape used is not known.
+        # It is not known which of its matrices the call of that shape used.
         return None
     dtype = (
         tf.int32 if spec.layout.one_hot else tf.as_dtype(layer.compute_dtype)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from keras_natgrad._compat import is_layer_class, is_plain
+from keras_natgrad._compat import is_layer_class, special_computation
 from keras_natgrad.capture.layout import ParameterLayout
 from keras_natgrad.linalg import Rows
 
@@ -20,25 +20,25 @@ class LinearMap:
 
     The layer must compute `z = canonical(inputs) · W (+ b)` and pass `z` as
     the argument of `layer.activation` (as all Keras layers with an activation
-    do), or return `z` itself where it has no such attribute. More generally,
-    the gradient of W must be `Σ_n Σ_s ā gᵀ` with the canonical inputs and
+    do), or return `z` itself if it has no such attribute. More generally, the
+    gradient of W must be `Σ_n Σ_s ā gᵀ` with the canonical inputs and
     cotangents given here.
 
     Attributes:
         variables: The layer's variables: (kernel,) or (kernel, bias).
         layout: `ParameterLayout` of these variables.
         inputs: Function from the layer's input to `[batch, shared, n]`, or
-            `[batch, shared, groups, n]` where the layout has groups, or a
-            `linalg.StructuredRows` that stands for it.
+            `[batch, shared, groups, n]` if the layout has groups, or an
+            equivalent `linalg.StructuredRows`.
         cotangents: Function from a tensor shaped like `z` to
             `[batch, shared, (groups,) m]`, with the same shared positions.
         with_arguments: Whether `inputs` takes the keyword arguments of the
-            layer's call (such as `training`) beside its input.
-        block: Name of the block that suits the layer, where a Kronecker
-            product does not.
+            layer's call (such as `training`) besides the input.
+        block: Name of the block to use if a Kronecker product does not suit the
+            layer.
         applies: Function of the keyword arguments of a call that says whether
-            the call uses this matrix; `None` where every call does.
-        transposed: Where the layout is `two_way`: the map of the calls that
+            the call uses this matrix; `None` if every call does.
+        transposed: For a layout that is `two_way`: the map of the calls that
             use the transpose, `z = canonical(inputs) · Wᵀ`, with canonical
             inputs `[batch, shared, m]` and cotangents `[batch, shared, n]`.
     """
@@ -56,8 +56,8 @@ class LinearMap:
         own = self.layout
         if own.two_way != (self.transposed is not None):
             raise ValueError(
-                "A map has the layout `two_way=True` where it has a "
-                "`transposed` one, and only there. Received: "
+                "A map has the layout `two_way=True` if and only if "
+                "it has a `transposed` map. Received: "
                 f"layout={own!r}, transposed={self.transposed!r}"
             )
         if self.transposed is None:
@@ -66,7 +66,7 @@ class LinearMap:
         if own.lead or (own.rows, own.columns) != (other.columns, other.rows):
             raise ValueError(
                 "A matrix that is used both ways has no groups and no bias, "
-                "and its `transposed` map inputs and outputs exchanged. "
+                "and its `transposed` map has inputs and outputs exchanged. "
                 f"Received: layout={own!r}, transposed layout={other!r}"
             )
 
@@ -92,10 +92,10 @@ _LAYERS: dict[type[keras.layers.Layer], Describe] = {}
 def register_layer(
     layer_class: type[keras.layers.Layer],
 ) -> Callable[[Describe], Describe]:
-    """Decorator that teaches capture a layer class.
+    """Decorator that registers how a layer class is captured.
 
-    Subclasses of `layer_class` that override `call` are not covered, because
-    their computation is unknown; register them too.
+    Subclasses that override `call` are not covered, because their computation
+    is unknown; register them too.
 
     Args:
         layer_class: A subclass of `keras.layers.Layer`, or of
@@ -103,8 +103,8 @@ def register_layer(
 
     Returns:
         A decorator for a function that takes a built layer and returns its
-        `LinearMap`, a sequence of them where it has several matrices, or
-        `None` or a `NotCaptured` where this instance is not supported.
+        `LinearMap`, a sequence of them if it has several matrices, or `None` or
+        a `NotCaptured` if this instance is not supported.
 
     Raises:
         ValueError: If `layer_class` is not a layer class.
@@ -140,7 +140,7 @@ def register_layer(
 
 def may_support(layer: keras.layers.Layer) -> bool:
     """Returns whether a layer's class is registered, built or not."""
-    return is_plain(layer) and _find(layer) is not None
+    return not special_computation(layer) and _find(layer) is not None
 
 
 def linear_maps(layer: keras.layers.Layer) -> tuple[LinearMap, ...]:
@@ -167,7 +167,7 @@ def why_not_captured(layer: keras.layers.Layer) -> str | None:
 
 def _describe(layer: keras.layers.Layer) -> Any:
     describe = _find(layer)
-    if describe is None or not layer.built or not is_plain(layer):
+    if describe is None or not layer.built or special_computation(layer):
         return None
     return describe(layer)
 

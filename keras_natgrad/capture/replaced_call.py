@@ -1,4 +1,4 @@
-"""An instance `call` in place of a layer's own, for one replica at a time."""
+"""An instance `call` that replaces a layer's own, on one replica at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from keras_natgrad.replicas import replica_key
 
 
 class _CallOfReplica:
-    """Calls what stands for `call` on the replica that asks.
+    """Calls the replacement that the calling replica has set.
 
-    The replicas of a process share their layers. While one of them waits for
-    the others in the middle of a forward pass, as a synchronised batch
-    normalisation makes it, another one begins its own.
+    The replicas of a process share their layers. While one of them waits in the
+    middle of a forward pass, e.g. for a synchronised batch normalisation,
+    another one begins its own.
     """
 
     def __init__(self, layer: keras.layers.Layer) -> None:
         self.original = layer.call
-        # A `call` that somebody else set on the instance comes back.
+        # A `call` that was set on the instance before is restored.
         self.foreign = vars(layer).get("call")
         self.replaced: dict[Any, Callable[..., Any]] = {}
 
@@ -37,7 +37,7 @@ def replace_call(
 
     Args:
         layer: A layer or a model.
-        make: Takes the layer's own `call`, returns what stands for it.
+        make: Function from the layer's own `call` to its replacement.
     """
     current = vars(layer).get("call")
     if not isinstance(current, _CallOfReplica):
@@ -48,7 +48,7 @@ def replace_call(
 
 
 def restore_call(layer: keras.layers.Layer) -> None:
-    """Takes it off again; after the last replica's, nothing is left."""
+    """Removes the replacement; the last replica restores the layer."""
     current = vars(layer).get("call")
     if not isinstance(current, _CallOfReplica):
         return

@@ -18,7 +18,7 @@ class LayerLabel(NamedTuple):
 
     Attributes:
         path: The layer's path in the model; its last part is the name.
-        classes: Names of its class and of the bases of that.
+        classes: Names of its class and of the bases of its class.
     """
 
     path: str
@@ -31,7 +31,7 @@ class LayerLabel(NamedTuple):
 
 
 def layer_path(layer: keras.layers.Layer) -> str:
-    """Returns the path of a layer; the name, where it has none."""
+    """Returns the path of a layer, or its name if it has no path."""
     return str(getattr(layer, "path", None) or layer.name)
 
 
@@ -47,7 +47,7 @@ def pattern_name(pattern: Any, argument: str) -> str:
 
     Args:
         pattern: A string, or a `keras.layers.Layer` class.
-        argument: What the pattern was given to, for the error.
+        argument: Name of the argument, for the error.
 
     Raises:
         ValueError: If it is neither.
@@ -63,11 +63,11 @@ def pattern_name(pattern: Any, argument: str) -> str:
 
 
 def matches(pattern: str, label: LayerLabel) -> bool:
-    """Returns whether a pattern stands for a layer.
+    """Returns whether a pattern matches a layer.
 
-    It does where it is the name of the layer's class or of a base, or where
-    it is, as a glob, the layer's name or path. A `*` also stands for slashes,
-    and `*/` for the beginning of a path.
+    It does if it is the name of the layer's class or of a base class, or a glob
+    that matches the layer's name or path. A `*` also matches slashes, and `*/`
+    also matches the beginning of a path.
     """
     path = label.path
     texts = (path, f"/{path}", path.rsplit("/", 1)[-1])

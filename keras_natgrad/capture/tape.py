@@ -18,20 +18,20 @@ from keras_natgrad.capture.taps import Taps
 class CurvatureTape:
     """A `tf.GradientTape` for optimizers that use curvature.
 
-    It records one forward pass of the model that the optimizer is attached
-    to, layer by layer; `gradient` then returns the ordinary gradient and
-    hands the recorded curvature to the optimizer, whose next `apply` uses
-    it. `fit` does all this by itself; the tape is for custom training loops.
+    It records one forward pass of the attached model, layer by layer.
+    `gradient` then returns the ordinary gradient and hands the recorded
+    curvature to the optimizer, whose next `apply` uses it. `fit` does all this
+    by itself; the tape is for custom training loops.
 
     Args:
         optimizer: An optimizer of this package, attached to a model.
-        objective: Function without arguments that returns the loss of the
-            same batch at the current weights. With it, an adaptive damping
-            can compare its model with the true change; without it the
-            damping stays where it started.
+        objective: Function without arguments that returns the loss of the same
+            batch at the current weights. An adaptive damping needs it to
+            compare its model with the true change; without it the damping stays
+            where it started.
 
     Raises:
-        ValueError: If the optimizer is of another package or not attached.
+        ValueError: If the optimizer is from another package or not attached.
 
     Example:
 
@@ -94,7 +94,7 @@ class CurvatureTape:
         self.taps.__exit__(kind, error, traceback)
 
     def observe(self, terms: Sequence[Any]) -> None:
-        """Says what the loss is made of, in place of the attached head.
+        """Sets the terms of the loss, instead of the attached head.
 
         Args:
             terms: `curvature.OutputTerm`s whose weighted negative
@@ -103,7 +103,7 @@ class CurvatureTape:
         self.terms = list(terms)
 
     def gradient(self, loss: tf.Tensor, sources: Sequence[Any]) -> list[Any]:
-        """Returns the gradient of the loss; hands curvature to the optimizer.
+        """Returns the gradient; hands the curvature to the optimizer.
 
         Args:
             loss: Scalar tensor.
@@ -120,7 +120,7 @@ class CurvatureTape:
         return gradients
 
     def _gradients(self, loss: tf.Tensor, sources: list[Any]) -> list[Any]:
-        """Returns the gradient, without the rounding of layers in half."""
+        """Returns the gradient without the rounding of half precision."""
         records = self.taps.half_precision_records()
         if not records:
             return self.gradient_tape.gradient(loss, sources)

@@ -21,20 +21,20 @@ from keras_natgrad.capture.traces import LayerCall, LayerTrace, MapTrace
 class Taps:
     """Context manager that records layers while a model is called.
 
-    For the time of the context each supported layer gets an instance `call`
-    that notes its input and its pre-activation, the argument of
-    `layer.activation`; leaving the context takes it off again. Nothing is
-    kept on the layer, its class or its config.
+    Inside the context each supported layer has an instance `call` that records
+    its input and its pre-activation, the argument of `layer.activation`.
+    Leaving the context removes it. The layer, its class and its config are left
+    unchanged.
 
     A `TimeDistributed` layer around supported layers is called on all time
-    steps at once, see `capture.loops`.
+    steps at once; see `capture.loops`.
 
-    A model that is called inside a graph Keras throws away (while building)
-    leaves tensors of that graph; only records of the current graph are kept.
+    While building, Keras may call a model inside a graph that it then throws
+    away. Only records of the current graph are kept.
 
     Args:
-        layers: The layers to record. Those of unsupported classes are left
-            alone; the others may still be unbuilt.
+        layers: The layers to record. Layers of unsupported classes are left
+            alone; the others need not be built yet.
 
     Example:
 
@@ -114,8 +114,8 @@ def _tapped(
             return outputs
 
         def tap(preactivation: tf.Tensor) -> tf.Tensor:
-            # The identity gives the pre-activation a tensor of its own: in
-            # eager mode an activation may return its argument.
+            # The identity gives the pre-activation its own tensor: in eager
+            # mode an activation may return its argument.
             preactivation = tf.identity(preactivation)
             _note(record, inputs, others, preactivation, tape)
             return activation(preactivation)
@@ -132,7 +132,7 @@ def _tapped(
 def _split_arguments(
     signature: inspect.Signature, args: Any, kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Returns the first argument of a call, and the others by name."""
+    """Returns the first argument of a call, and the other ones by name."""
     others = dict(signature.bind(*args, **kwargs).arguments)
     inputs = others.pop(next(iter(others)))
     for name, parameter in signature.parameters.items():
@@ -153,11 +153,11 @@ def _note(
 
 
 def _drop_foreign(record: LayerTrace) -> None:
-    """Keeps the tensors of the current graph; notes those out of reach.
+    """Keeps the tensors of the current graph, and marks those out of reach.
 
-    What Keras computed in a graph that it throws away, to learn a shape, may
-    go. What ran in the graph of a loop or of a `tf.function` was part of the
-    pass, and no cotangent can be sent back to it.
+    Tensors of a graph that Keras made only to learn a shape can be dropped.
+    What ran in the graph of a loop or of a `tf.function` was part of the pass,
+    but no cotangent can be sent back to it.
     """
     eager = tf.executing_eagerly()
     graph = None if eager else tf.compat.v1.get_default_graph()

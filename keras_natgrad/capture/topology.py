@@ -10,7 +10,7 @@ import keras
 from keras_natgrad._compat import LayerGraph, layer_graph
 from keras_natgrad.capture.registry import applies_matrix
 
-#: Layers that are an activation, applied to each example alone.
+#: Layers that are an activation of each example alone.
 ACTIVATION_LAYERS = (
     keras.layers.Activation,
     keras.layers.ELU,
@@ -19,7 +19,7 @@ ACTIVATION_LAYERS = (
     keras.layers.ReLU,
     keras.layers.Softmax,
 )
-# Layers without weights that mix no examples and may stand in between.
+# Layers without weights that do not mix examples and may come in between.
 _PASSING = (
     keras.layers.Dropout,
     keras.layers.Flatten,
@@ -35,11 +35,11 @@ class Following:
     """What follows one layer.
 
     Attributes:
-        activation: What is applied to the pre-activation first: a function,
-            an activation layer, or `keras.activations.linear`.
-        layer: The dense layer that comes next, or `None`.
+        activation: The first operation on the pre-activation: a function, an
+            activation layer, or `keras.activations.linear`.
+        layer: The next dense layer, or `None`.
         is_output: Whether the model's output comes next.
-        obstacle: Where it is neither, why, in words.
+        obstacle: Why neither comes next, in words.
     """
 
     activation: Any
@@ -53,14 +53,14 @@ def find_following(
 ) -> list[Following]:
     """Returns what follows each of some layers of a model.
 
-    An activation in a layer of its own counts as that of the layer before.
-    Only sequential and functional models say how their layers are connected;
-    of others, and of models inside models, the layer's own activation is all
-    that is known.
+    A separate activation layer counts as the activation of the layer before it.
+    Only sequential and functional models say how their layers are connected; in
+    other models, and in models inside models, only the layer's own activation
+    is known.
 
     Args:
         model: A built model.
-        layers: Layers of it.
+        layers: Layers of the model.
     """
     graph = layer_graph(model)
     return [_follow(layer, graph) for layer in layers]
@@ -104,8 +104,8 @@ def _is_dense(layer: Any) -> bool:
     return applies_matrix(layer)
 
 
-# Layers after which a feature is still one feature of the input; by name, as
-# tf_keras, which need not be installed, has them too.
+# Layers after which a feature is still one feature of the input. They are given
+# by name, because tf_keras has them too and need not be installed.
 _KEEPING_FEATURES = (
     "Concatenate",
     "Dropout",
@@ -156,9 +156,9 @@ def _readers_of(source: int, graph: LayerGraph) -> set[int]:
 
 
 def _library_classes(layer: keras.layers.Layer) -> set[str]:
-    """Returns the names of a layer's classes that are Keras's or tf_keras's.
+    """Returns the names of those of a layer's classes that are part of Keras.
 
-    What a user's class does is not known by its name.
+    The name of a user's class does not tell what it does.
     """
     return {
         each.__name__

@@ -24,9 +24,9 @@ class LayerCall(NamedTuple):
 
     Attributes:
         inputs: The layer's raw input.
-        arguments: The other arguments of the call, by name.
+        arguments: Further arguments of the call, by name.
         preactivation: Its pre-activation `z`.
-        tape: Tape of this call alone, of a layer in half precision.
+        tape: Tape of this call alone, for a layer in half precision.
     """
 
     inputs: tf.Tensor
@@ -40,8 +40,8 @@ class LayerTrace:
 
     Attributes:
         layer: The layer.
-        lost: Whether it was called, but in a graph of its own, where nothing
-            can be sent back to it.
+        lost: Whether it was called in a separate graph, where no cotangent can
+            be sent back to it.
         uses: One `LayerCall` per call.
     """
 
@@ -75,7 +75,7 @@ class MapTrace:
 
     @property
     def lost(self) -> bool:
-        """Whether the layer ran where nothing can be sent back to it."""
+        """Whether the layer ran where no cotangent can be sent back to it."""
         return self._recorded.lost
 
     @property
@@ -95,9 +95,9 @@ class MapTrace:
 
     @property
     def _uses(self) -> list[LayerCall]:
-        """The uses of the layer that are uses of this matrix.
+        """The uses of the layer that use this matrix.
 
-        Those of its transpose come last.
+        Uses of its transpose come last.
         """
         spec = self.spec
         uses = self._uses_of(spec)
@@ -111,10 +111,10 @@ class MapTrace:
         return [u for u in self._recorded.uses if spec.applies(**u.arguments)]
 
     def lacks_batch(self, batch: int | None) -> bool:
-        """Returns whether static shapes show a use without the batch axis.
+        """Returns whether a use lacks the batch axis, by its static shapes.
 
         Args:
-            batch: Number of examples, `None` where it is not known yet.
+            batch: Number of examples, or `None` if it is not known yet.
         """
         return any(
             n and (not batch or n % batch != 0 or _counts_up(use.inputs))
@@ -128,8 +128,8 @@ class MapTrace:
         """Returns `ā`, `[(groups,) batch, shared, rows]`.
 
         It is homogeneous if the layer has a bias. Several uses of the layer
-        count as more shared positions. One-hot inputs stay so, and so do the
-        patches of a layer that was used once. Where the layer uses the
+        count as more shared positions. One-hot inputs stay structured, and so
+        do the patches of a layer that was used once. If the layer uses the
         transpose too, it is a `TwoWayRows`.
         """
         spec = self.spec
@@ -147,7 +147,7 @@ class MapTrace:
     ) -> tf.Tensor | TwoWayCotangents:
         """Returns `g`, `[(groups,) batch, shared, columns]`.
 
-        Where the layer uses the transpose too, it is a `TwoWayCotangents`.
+        If the layer uses the transpose too, it is a `TwoWayCotangents`.
 
         Args:
             cotangents: One per use of the layer, `None` for zero.
@@ -171,16 +171,16 @@ class MapTrace:
     def own_gradients(
         self, cotangents: Sequence[tf.Tensor | None]
     ) -> list[tf.Tensor | None]:
-        """Returns what the layer's calls themselves add to the gradients.
+        """Returns the contribution of the layer's calls to the gradients.
 
-        In the dtype and with the roundings of the backward pass of the loss.
-        Only for layers in half precision.
+        It has the dtype and the rounding errors of the backward pass of the
+        loss. Only for layers in half precision.
 
         Args:
             cotangents: One per use of the layer, `None` for zero.
 
         Returns:
-            One tensor per variable of `spec`, `None` where there is none.
+            One tensor per variable of `spec`, or `None`.
         """
         totals: list[tf.Tensor | None] = [None] * len(self.spec.variables)
         for use, cotangent in zip(self._uses, cotangents, strict=True):
@@ -200,7 +200,7 @@ class MapTrace:
 
 
 def _counts_up(inputs: tf.Tensor) -> bool:
-    """Whether a graph shows integers to be a `range`, of no example."""
+    """Whether integers are a `range` in the graph, and belong to no example."""
     if tf.executing_eagerly() or not isinstance(inputs, tf.Tensor):
         return False
     return bool(inputs.op.type == "Range")
@@ -211,11 +211,11 @@ def _inputs(
 ) -> Rows:
     """Returns the canonical inputs of some uses of one map."""
     layout = spec.layout
-    if not uses:  # The matrix took no part in this pass.
+    if not uses:  # The matrix was not used in this pass.
         return tf.zeros([*layout.lead, batch, 1, layout.rows], dtype)
     parts = [_own_inputs(spec, use) for use in uses]
     if isinstance(parts[0], StructuredRows):
-        # Each by itself: another use may have positions of its own.
+        # Each by itself: uses may differ in their positions.
         merged = type(parts[0]).join(
             [part.cast(dtype).fold(batch) for part in parts]
         )
@@ -244,11 +244,10 @@ def _cotangents(
 
 
 def _merge(parts: Sequence[tf.Tensor], batch: tf.Tensor) -> tf.Tensor:
-    """Joins the uses of a layer, and puts groups first.
+    """Joins the uses of a layer, and moves groups to the front.
 
-    Positions are taken out of a batch axis that they were folded into: a model
-    may reshape `[batch, T, n]` to `[batch · T, n]` before a layer, in some of
-    its uses.
+    A model may reshape `[batch, T, n]` to `[batch · T, n]` before some uses of
+    a layer; those positions are taken out of the batch axis again.
 
     Args:
         parts: Tensors `[batch, shared, (groups,) features]`.

@@ -25,9 +25,9 @@ def describe_transposed(layer: Any) -> tuple[LinearMap, ...]:
     """The transpose of a convolution: pixels in, patches out.
 
     Every pixel x[b, p] adds `x[b, p] W` to the patch of the output at p. The
-    cotangent of that patch is the patch of the output's cotangent, so that
-    the gradient of W is the sum of the products of pixels and such patches.
-    The bias is added once per output, in a map of its own.
+    cotangent of that patch is the patch of the output's cotangent, so the
+    gradient of W is the sum of the products of pixels and these patches. The
+    bias is added once per output and has its own map.
     """
     kernel = layer.kernel
     *sides, filters, channels = (int(side) for side in kernel.shape)

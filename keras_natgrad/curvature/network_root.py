@@ -1,4 +1,4 @@
-"""The factor A of a network's Fisher on one batch, F = A Aᵀ."""
+"""The root R of a network's Fisher on one batch, F = R Rᵀ."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _JACOBIAN_ROWS = 64
 
 
 class NetworkRoot(FisherRoot):
-    r"""A of the outputs of a network, layer by layer.
+    r"""R of the outputs of a network, layer by layer.
 
-    The columns of one example are numbered through over its outputs,
-    positions and the columns of L. A backward pass sends one column of all
-    examples to the pre-activations, `g_iq`; with the inputs `ā_i` of a layer
-    its rows of A are `vec(Σ_s ā_is g_iqsᵀ)`, and its part of the kernel is
+    The columns of one example have one index q that runs over its outputs,
+    their positions and the columns of L. A backward pass sends column q of all
+    examples to the pre-activations, `g_iq`. With the inputs `ā_i` of a layer
+    its rows of R are `vec(Σ_s ā_is g_iqsᵀ)`, and its part of the kernel is
 
         K_(iq)(jp) = (ā_iᵀ ā_j) (g_iqᵀ g_jp)
 
@@ -212,7 +212,7 @@ class NetworkRoot(FisherRoot):
         return total
 
     def _jacobian(self, entry: Entry) -> tf.Tensor:
-        """Returns the rows of Aᵀ for a fallback entry, `[columns, size]`."""
+        """Returns the rows of Rᵀ for a fallback entry, `[columns, size]`."""
         variable = self.captured.variables[entry.variables[0]]
         size = math.prod(variable.shape)
         tangents = []

@@ -1,4 +1,4 @@
-"""The factor A of a sum of squared residuals."""
+"""The root R of a sum of squared residuals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from keras_natgrad.solvers.root import Direction, FisherRoot
 
 
 class ResidualGroup(NamedTuple):
-    r"""Residuals with a mean of their own, `½ w mean(r²)` of the loss.
+    r"""Residuals that add `½ w mean(r²)` to the loss.
 
     Attributes:
         values: Tensor r, of any shape.
@@ -34,8 +34,8 @@ class ResidualGroup(NamedTuple):
         return 0.5 * self.weight * tf.reduce_mean(tf.square(self.values))
 
 
-class _ResidualFactor(FisherRoot):
-    """What both factors of residuals share: one tensor per variable."""
+class _ResidualRoot(FisherRoot):
+    """What both roots of residuals share: one tensor per variable."""
 
     def __init__(
         self, groups: Sequence[ResidualGroup], variables: Sequence[Any]
@@ -81,8 +81,8 @@ class _ResidualFactor(FisherRoot):
         ]
 
 
-class JacobianRoot(_ResidualFactor):
-    """A = Jᵀ of the scaled residuals, as a matrix.
+class JacobianRoot(_ResidualRoot):
+    """R = Jᵀ of the scaled residuals, as a matrix.
 
     Args:
         groups: The residuals.
@@ -125,8 +125,8 @@ class JacobianRoot(_ResidualFactor):
         return tf.transpose(self._jacobian)
 
 
-class TapeRoot(_ResidualFactor):
-    """A = Jᵀ of the scaled residuals, by products alone.
+class TapeRoot(_ResidualRoot):
+    """R = Jᵀ of the scaled residuals, by products alone.
 
     Args:
         groups: The residuals.

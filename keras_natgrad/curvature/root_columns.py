@@ -1,4 +1,4 @@
-"""The columns of L of all outputs of a network, numbered through."""
+"""The columns of L of all outputs of a network, in one order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_natgrad.curvature.cotangents import OutputTerm
 from keras_natgrad.heads.tensors import as_parameters
 
-#: The ways to choose the columns of A.
+#: The ways to choose the columns of R.
 COLUMN_KINDS = ("exact", "sampled", "empirical")
 
 
@@ -53,7 +53,7 @@ class Columns:
             term.column_count() if kind == "exact" else term.positions
             for term in self.terms
         ]
-        #: Number of columns of one example, an integer where it is known.
+        #: Number of columns of one example, an integer if it is known.
         self.per_example: Any = sum(self._sizes)
 
     def cotangents(self, vector: tf.Tensor) -> list[tf.Tensor]:

@@ -23,14 +23,14 @@ class Head(abc.ABC):
     ```
 
     The primitive of a head is a factor `L` with `F = L Lᵀ`, given by its two
-    products. Everything else follows from them; subclasses override what they
-    know in closed form. No method needs the observed targets to build `F`.
+    products. Everything else follows from them; subclasses override methods
+    that have a closed form. No method needs the observed targets to build `F`.
 
     All methods except `validate()` and `validate_targets()` are traceable by
     `tf.function`, compile under XLA and accept a dynamic batch size. Results
-    have the dtype of `outputs`, and float32 when that is a half precision.
-    The leading axes of a vector may broadcast against those of `outputs`,
-    e.g. `outputs[..., None, :]` with one vector per row of a matrix.
+    have the dtype of `outputs`, or float32 if that is a half precision. The
+    leading axes of a vector may broadcast against those of `outputs`, e.g.
+    `outputs[..., None, :]` with one vector per row of a matrix.
 
     To be implemented by subclasses:
 
@@ -130,7 +130,7 @@ class Head(abc.ABC):
     def sample(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Draws one target per example, determined by the seed.
 
-        TensorFlow's generators differ between devices, and under XLA.
+        Draws differ between devices, and under XLA.
 
         Args:
             outputs: Tensor of shape `[..., K]`.
@@ -154,8 +154,7 @@ class Head(abc.ABC):
             Tensor shaped like the targets.
 
         Raises:
-            NotImplementedError: If it has no closed form that TensorFlow
-                Probability knows.
+            NotImplementedError: If TensorFlow Probability has no closed form.
         """
         return self._predict("mean", outputs)
 
@@ -179,7 +178,7 @@ class Head(abc.ABC):
             return getattr(distribution, name)()
         except NotImplementedError as error:
             raise NotImplementedError(
-                f"TensorFlow Probability knows no {name} of the head {self!r}. "
+                f"TensorFlow Probability has no {name} for the head {self!r}. "
                 "Estimate it from draws of head.sample()."
             ) from error
 
@@ -276,8 +275,8 @@ class Head(abc.ABC):
     ) -> tf.Tensor:
         """Tells, inside a graph, whether all targets are possible.
 
-        The base class asks for a finite log-probability, so that non-finite
-        outputs count as well; heads override it by a test of the targets.
+        The base class tests for a finite log-probability, so it also fails for
+        non-finite outputs; heads override it to test the targets.
 
         Args:
             outputs: Tensor of shape `[..., K]`.
@@ -293,7 +292,7 @@ class Head(abc.ABC):
 
         Args:
             parameter_count: Integer, the size `K` of the last axis of the
-                outputs, or `None` where it is not known.
+                outputs, or `None` if it is not known.
 
         Returns:
             `"exact, closed form"`, unless a subclass says otherwise.
@@ -305,7 +304,7 @@ class Head(abc.ABC):
         return "possible values of the distribution"
 
     def validate_targets(self, outputs: tf.Tensor, targets: tf.Tensor) -> None:
-        """Checks concrete targets, outside of a graph, before training.
+        """Checks concrete targets outside of a graph, before training.
 
         Inside a graph, use `targets_in_support()`.
 
@@ -354,9 +353,9 @@ class Head(abc.ABC):
 
 
 def _forget(targets: tf.Tensor) -> tf.Tensor:
-    """Returns targets that TFP does not know the origin of.
+    """Returns targets whose origin TFP does not know.
 
-    Its bijectors remember which tensor a draw was made from and give that back
-    as the inverse, whatever the parameters: the score of a draw would be zero.
+    Its bijectors remember the tensor that a draw was made from and return it as
+    the inverse, for any parameters: the score of a draw would be zero.
     """
     return tf.identity(targets)

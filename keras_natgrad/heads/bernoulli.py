@@ -21,9 +21,10 @@ class Bernoulli(Head):
     - `from_logits=True`: `F = p (1 - p)`.
     - `from_logits=False`: `F = 1 / (p (1 - p))`.
 
-    Probabilities are clipped to `[ε, 1 - ε]`, `ε = keras.config.epsilon()`, as
-    in Keras, but derivatives pass through the clipping, so that the score of a
-    saturated unit agrees with its Fisher matrix and does not vanish.
+    As in Keras, probabilities are clipped to `[ε, 1 - ε]`,
+    `ε = keras.config.epsilon()`. Derivatives pass through the clipping, so that
+    the score of a saturated unit agrees with its Fisher matrix and does not
+    vanish.
 
     Targets may be any numbers in `[0, 1]`. A soft target `t` stands for the
     expected log-probability `t log p + (1 - t) log(1 - p)`, as in Keras.

@@ -8,7 +8,6 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad.heads.family import Family, Information, Parameter
-from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import bessel_ratio, trigamma_excess
 
 
@@ -28,14 +27,14 @@ class Beta(Family):
             to `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
         Parameter("concentration1", "positive"),
         Parameter("concentration0", "positive"),
     )
+    distribution_name = "Beta"
     target_support = "unit"
     in_float64 = True
 
@@ -48,21 +47,15 @@ class Beta(Family):
             concentration1=concentration1, concentration0=concentration0
         )
 
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Beta(
-            values["concentration1"], values["concentration0"]
-        )
-
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
-        # In float64, as the complement is small where a and b are far apart.
+        # In float64: the complement is small if a and b are far apart.
         a = tf.cast(values["concentration1"], tf.float64)
         b = tf.cast(values["concentration0"], tf.float64)
         total = a + b
         share_a, share_b = a / total, b / total
         h_a, h_b, h = (trigamma_excess(x) for x in (a, b, total))
-        # With x² ψ₁(x) = x + h(x) the leading terms cancel by hand.
+        # With x² ψ₁(x) = x + h(x) the leading terms cancel analytically.
         common = a * share_b
         first = common + h_a - tf.square(share_a) * h
         second = common + h_b - tf.square(share_b) * h
@@ -90,21 +83,17 @@ class VonMises(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
         Parameter("loc", "real"),
         Parameter("concentration", "positive"),
     )
+    distribution_name = "VonMises"
 
     def __init__(self, concentration: float | str | Any = "softplus") -> None:
         super().__init__(concentration=concentration)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().VonMises(values["loc"], values["concentration"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""

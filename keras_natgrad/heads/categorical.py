@@ -221,7 +221,7 @@ class Categorical(Head):
 class OneHotCategorical(Categorical):
     """One of `K` classes, whose samples are one-hot rows.
 
-    It is `Categorical(sparse=False)` by the name of TensorFlow Probability.
+    It is `Categorical(sparse=False)`, with the name in TensorFlow Probability.
 
     Args:
         from_logits: Boolean, whether the outputs are logits (the default) or

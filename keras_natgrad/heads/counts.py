@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.heads.checks import check_count
+from keras_natgrad.checks import check_integer
 from keras_natgrad.heads.family import Family, Information, Parameter
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import dispersion_information, zero_truncation
@@ -24,20 +24,16 @@ class Poisson(Family):
         rate: The rate, a number or a link. Defaults to `"exp"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (Parameter("rate", "positive"),)
+    distribution_name = "Poisson"
     target_support = "count"
     in_float64 = True
 
     def __init__(self, rate: float | str | Any = "exp") -> None:
         super().__init__(rate=rate)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Poisson(values["rate"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -48,27 +44,22 @@ class Poisson(Family):
 class Geometric(Family):
     r"""Geometric targets: failures before the first success.
 
-    The Fisher matrix in the logit of the probability p of success is
-    `1 − p`.
+    The Fisher matrix in the logit of the probability p of success is `1 − p`.
 
     Args:
         probs: The probability of success, a number or a link. Defaults to
             `"sigmoid"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (Parameter("probs", "unit"),)
+    distribution_name = "Geometric"
     target_support = "count"
 
     def __init__(self, probs: float | str | Any = "sigmoid") -> None:
         super().__init__(probs=probs)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Geometric(logits=values["probs"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -91,8 +82,7 @@ class NegativeBinomial(Family):
             a link. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
 
     References:
         - Lawless, 1987.
@@ -150,14 +140,14 @@ class NegativeBinomialLogits(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
         Parameter("probs", "unit"),
         Parameter("total_count", "positive"),
     )
+    distribution_name = "NegativeBinomial"
     target_support = "count"
     in_float64 = True
 
@@ -167,12 +157,6 @@ class NegativeBinomialLogits(Family):
         total_count: float | str | Any = "softplus",
     ) -> None:
         super().__init__(probs=probs, total_count=total_count)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().NegativeBinomial(
-            values["total_count"], logits=values["probs"]
-        )
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -202,8 +186,7 @@ class ZeroInflatedPoisson(Family):
         rate: The rate, a number or a link. Defaults to `"exp"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
@@ -222,7 +205,7 @@ class ZeroInflatedPoisson(Family):
 
     def units(self, values: dict[str, tf.Tensor]) -> Any:
         """Builds the units' distributions; see `Family.units()`."""
-        # Not by its logits argument, which TFP 0.25 counts twice.
+        # Not with its logits argument, which TFP 0.25 counts twice.
         tfd = distributions()
         return tfd.Inflated(
             tfd.Poisson(values["rate"]),
@@ -269,7 +252,7 @@ class Binomial(Family):
             `"sigmoid"`.
 
     Raises:
-        ValueError: If `total_count` is no positive integer, or `probs` is
+        ValueError: If `total_count` is not a positive integer, or `probs` is
             neither a number between 0 and 1 nor a link.
     """
 
@@ -280,7 +263,7 @@ class Binomial(Family):
         self, total_count: float, probs: float | str | Any = "sigmoid"
     ) -> None:
         super().__init__(probs=probs)
-        self.total_count = check_count(total_count)
+        self.total_count = float(check_integer("total_count", total_count))
 
     def units(self, values: dict[str, tf.Tensor]) -> Any:
         """Builds the units' distributions; see `Family.units()`."""

@@ -20,8 +20,8 @@ class VonMisesFisher(Head):
     r"""Unit vectors in d dimensions, by their natural parameter.
 
     The d outputs are the vector `η = κ μ`: its direction is the mean direction
-    μ, its length the concentration κ. No output is redundant and none is
-    singular; `η = 0` is the uniform distribution. With
+    μ, its length the concentration κ. No output is redundant, and there is no
+    singularity: `η = 0` is the uniform distribution. With
     `A(κ) = I_{d/2}(κ) / I_{d/2−1}(κ)` the Fisher matrix is the covariance of
     the targets,
 
@@ -48,7 +48,7 @@ class VonMisesFisher(Head):
     def sample(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Draws one target per example; see `Head.sample()`."""
         outputs = tensors.as_parameters(outputs)
-        # TFP's sampler in three dimensions divides rounding by κ.
+        # TFP's sampler in three dimensions divides rounding errors by κ.
         least = float(np.sqrt(np.finfo(outputs.dtype.as_numpy_dtype).eps))
         made = self._make(outputs, lambda kappa: tf.maximum(kappa, least))
         return made.sample(seed=tf.cast(seed, tf.int32))
@@ -57,7 +57,7 @@ class VonMisesFisher(Head):
         """Computes `ηᵀ y − log Z(κ)`; see `Head.log_prob()`."""
         outputs = tensors.as_parameters(outputs)
         targets = tensors.match_targets(outputs, targets)
-        # For large κ the difference of two numbers of its size: in float64.
+        # In float64: for large κ it is the difference of two large numbers.
         wide = tf.cast(outputs, tf.float64)
         along = tf.reduce_sum(wide * tf.cast(targets, tf.float64), axis=-1)
         return tf.cast(along - _log_partition(wide), outputs.dtype)

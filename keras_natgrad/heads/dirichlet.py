@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_natgrad.checks import check_integer
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.checks import check_count
 from keras_natgrad.heads.links import get_link, link_config
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import trigamma_excess
@@ -35,9 +35,9 @@ class _DownDate(NamedTuple):
 class _Concentrations(Head):
     """Base class of heads of K concentrations α, at least two.
 
-    The Fisher matrix in log α is diagonal minus rank one, `D − D^½ w wᵀ D^½`;
-    a factor of it is `D^½ (I − (1 − √(1 − c)) w wᵀ / c)` with `c = ‖w‖²`. All
-    products cost `O(K)` beside D and w.
+    The Fisher matrix in log α is diagonal minus rank one, `D − D^½ w wᵀ D^½`; a
+    factor of it is `D^½ (I − (1 − √(1 − c)) w wᵀ / c)` with `c = ‖w‖²`. Given D
+    and w, all products cost `O(K)`.
     """
 
     _instead = ""
@@ -53,7 +53,7 @@ class _Concentrations(Head):
         """Computes the log-probability; see `Head.log_prob()`."""
         outputs = tensors.as_parameters(outputs)
         targets = tensors.match_targets(outputs, targets)
-        # Differences of log Γ at large concentrations: in float64.
+        # In float64, for differences of log Γ at large concentrations.
         wide = self.distribution(tf.cast(outputs, tf.float64))
         log_prob = wide.log_prob(tf.cast(targets, tf.float64))
         return tensors.cast_like(log_prob, outputs)
@@ -94,7 +94,7 @@ class _Concentrations(Head):
         self, outputs: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns `√D` times the link's slope, w and `(1 − √(1 − c)) / c`."""
-        # One dominant share makes 1 − w² a small difference: in float64.
+        # In float64: one dominant share makes 1 − w² a small difference.
         outputs = tf.cast(outputs, tf.float64)
         alpha = self._link.value(outputs)
         total = tf.reduce_sum(alpha, axis=-1, keepdims=True)
@@ -122,7 +122,7 @@ class Dirichlet(_Concentrations):
         concentration: Link of the concentrations. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If `concentration` is no link for positive parameters.
+        ValueError: If `concentration` is not a link for positive parameters.
     """
 
     _instead = "; for one proportion use keras_natgrad.heads.Beta()"
@@ -159,7 +159,7 @@ class Dirichlet(_Concentrations):
         root = tf.sqrt(alpha + h)
         w = tf.sqrt(total + h_total) * (alpha / total) / root
         # 1 − c = ψ₁(α₀) (Σ r(α_i) − r(α₀)) with r(x) = x − 1/ψ₁(x), which
-        # does not cancel where the concentrations are large.
+        # does not cancel if the concentrations are large.
         trigamma = (1.0 + h_total / total) / total
         rest = trigamma * (
             tf.reduce_sum(_remainder(alpha, h), axis=-1, keepdims=True)
@@ -172,23 +172,24 @@ class Dirichlet(_Concentrations):
 class DirichletMultinomial(_Concentrations):
     r"""Counts of K classes in n draws, with shares that vary by example.
 
-    The counts are multinomial with shares from a Dirichlet distribution, and
-    scatter more than multinomial ones; for two classes they are beta-binomial.
-    With α the concentrations and α₀ their sum, the Fisher matrix in log α is
+    The counts are multinomial with shares from a Dirichlet distribution, so
+    they vary more than multinomial counts; for two classes they are
+    beta-binomial. With α the concentrations and α₀ their sum, the Fisher matrix
+    in log α is
 
         diag(α_j² E[ψ₁(α_j) − ψ₁(α_j + Y_j)]) − (ψ₁(α₀) − ψ₁(α₀ + n)) α αᵀ.
 
-    Each count is beta-binomial, so that the expectation is the finite sum
-    `Σ_{i<n} P(Y_j > i) / (α_j + i)²`. It costs `O(n K)` per example; with one
-    draw nothing can be learnt of α₀, and the matrix is that of `Categorical`.
+    Each count is beta-binomial, so the expectation is the finite sum
+    `Σ_{i<n} P(Y_j > i) / (α_j + i)²`. It costs `O(n K)` per example. One draw
+    says nothing about α₀, and the matrix is then that of `Categorical`.
 
     Args:
         total_count: Number of draws n, a positive integer.
         concentration: Link of the concentrations. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If `total_count` is no positive integer, or
-            `concentration` no link for positive parameters.
+        ValueError: If `total_count` is not a positive integer, or
+            `concentration` not a link for positive parameters.
 
     References:
         - Mosimann, 1962, "On the compound multinomial distribution".
@@ -198,7 +199,7 @@ class DirichletMultinomial(_Concentrations):
         self, total_count: float, concentration: Any = "softplus"
     ) -> None:
         super().__init__(concentration)
-        self.total_count = check_count(total_count)
+        self.total_count = float(check_integer("total_count", total_count))
 
     def distribution(self, outputs: tf.Tensor) -> Any:
         """Builds the `DirichletMultinomial` distribution."""
@@ -250,7 +251,7 @@ def _survival(alpha: tf.Tensor, count: int) -> tf.Tensor:
     Returns:
         Tensor `[..., K, n]`.
     """
-    # Not α₀ − α_j, where one dominates.
+    # Not α₀ − α_j, which cancels if one dominates.
     others = tf.cumsum(alpha, axis=-1, exclusive=True)
     others += tf.cumsum(alpha, axis=-1, exclusive=True, reverse=True)
     a, b = alpha[..., tf.newaxis], others[..., tf.newaxis]

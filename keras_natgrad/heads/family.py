@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_natgrad.checks import check_fixed, check_probability
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.checks import check_fixed, check_probability
 from keras_natgrad.heads.links import Identity, get_link, link_config
 from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.targets import TARGETS, clip_inside
@@ -33,15 +33,14 @@ class Parameter(NamedTuple):
 class Information(NamedTuple):
     """The Fisher matrix of one unit, in the coordinates of the supports.
 
-    It is diagonal, but for one pair of parameters that may be coupled: the
-    last two. Their Schur complement is given beside the diagonal because the
-    difference `F₂₂ − F₁₂²/F₁₁` would lose all digits where they are nearly
-    collinear.
+    It is diagonal, except that the last two parameters may be coupled. Their
+    Schur complement is given separately, because the difference
+    `F₂₂ − F₁₂²/F₁₁` would lose all digits if they are nearly collinear.
 
     Attributes:
         diagonal: One tensor per parameter.
         coupling: `F₁₂` of the last two parameters, or `None` for zero.
-        schur: `F₂₂ − F₁₂²/F₁₁` of the last two, where they are coupled.
+        schur: `F₂₂ − F₁₂²/F₁₁` of the last two, if they are coupled.
     """
 
     diagonal: tuple[tf.Tensor, ...]
@@ -55,12 +54,12 @@ class Family(Head):
     Each parameter of the family is either a fixed number or predicted by the
     network through a link. The outputs hold all units' first predicted
     parameter, then all units' second one, and so on: for D units and P
-    predicted parameters the last axis has `K = P · D` entries, as
-    `tf.split(outputs, P, axis=-1)` takes them apart. Targets have D units.
+    predicted parameters the last axis has `K = P · D` entries, which
+    `tf.split(outputs, P, axis=-1)` separates. Targets have D units.
 
-    The Fisher matrix is that with respect to the raw outputs: `J I Jᵀ` with
-    the family's information I and the slopes J of the links. All products
-    cost `O(K)`.
+    The Fisher matrix with respect to the raw outputs is `J I Jᵀ`, with the
+    family's information I and the slopes J of the links. All products cost
+    `O(K)`.
 
     A family is one small class:
 
@@ -68,13 +67,11 @@ class Family(Head):
     @keras.saving.register_keras_serializable(package="my_package")
     class HalfNormal(keras_natgrad.heads.Family):
         parameters = (keras_natgrad.heads.Parameter("scale", "positive"),)
+        distribution_name = "HalfNormal"
         target_support = "nonnegative"
 
         def __init__(self, scale="softplus"):
             super().__init__(scale=scale)
-
-        def units(self, values):
-            return tfp.distributions.HalfNormal(values["scale"])
 
         def information(self, values):
             return keras_natgrad.heads.Information(
@@ -91,11 +88,13 @@ class Family(Head):
     """
 
     parameters: ClassVar[tuple[Parameter, ...]]
+    #: Name in TensorFlow Probability, for the default `units()`.
+    distribution_name: ClassVar[str]
     #: A key of `TARGETS`.
     target_support: ClassVar[str] = "real"
-    #: Whether log-probabilities are computed in float64 and then rounded: for
-    #: differences of log Γ at large arguments, or of logarithms in units of a
-    #: small scale, which float32 has no digits for.
+    #: Whether log-probabilities are computed in float64 and then rounded.
+    #: Float32 has too few digits for differences of log Γ at large arguments,
+    #: or of logarithms in units of a small scale.
     in_float64: ClassVar[bool] = False
 
     def __init__(self, **settings: Any) -> None:
@@ -119,23 +118,31 @@ class Family(Head):
     # -- To be implemented -----------------------------------------------
 
     @abc.abstractmethod
+    def information(self, values: dict[str, tf.Tensor]) -> Information:
+        """Returns the Fisher matrix of each unit in the coordinates."""
+
     def units(self, values: dict[str, tf.Tensor]) -> Any:
         """Returns the units' distributions, of batch shape `[..., D]`.
 
-        Args:
-            values: The parameters by name; for the support "unit" the logit.
-        """
+        By default that of TensorFlow Probability named `distribution_name`,
+        whose arguments are the parameters.
 
-    @abc.abstractmethod
-    def information(self, values: dict[str, tf.Tensor]) -> Information:
-        """Returns the Fisher matrix of each unit in the coordinates."""
+        Args:
+            values: The parameters by name; logits for the support "unit".
+        """
+        arguments = {
+            "logits" if support == "unit" else name: values[name]
+            for name, support in self.parameters
+        }
+        make = getattr(distributions(), self.distribution_name)
+        return make(**arguments)
 
     def unit_log_prob(
         self, values: dict[str, tf.Tensor], targets: tf.Tensor
     ) -> tf.Tensor:
         """Returns the log-probability of each unit's target, `[..., D]`.
 
-        To be overridden where that of `units()` loses digits.
+        To be overridden if that of `units()` loses digits.
 
         Args:
             values: As for `units()`.
@@ -151,7 +158,7 @@ class Family(Head):
         return tuple(self._links)
 
     def values(self, outputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Returns all parameters by name, `[..., D]` or scalar where fixed."""
+        """Returns all parameters by name, `[..., D]`, or scalar if fixed."""
         outputs = tensors.as_parameters(outputs)
         predicted = {
             name: link.value(raw)
@@ -191,7 +198,7 @@ class Family(Head):
     def sample(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Draws one target per unit; see `Head.sample()`.
 
-        Draws are clipped to the numbers within the support: rounded to its
+        Draws are clipped to numbers inside the support. Rounded to its
         boundary, where many densities are infinite, they would have no score.
         """
         draws = super().sample(outputs, seed)
@@ -209,8 +216,8 @@ class Family(Head):
 
         Raises:
             ValueError: If `probability` is not between 0 and 1.
-            NotImplementedError: If TensorFlow Probability knows no quantile
-                of this distribution.
+            NotImplementedError: If TensorFlow Probability has no quantile for
+                this distribution.
         """
         check_probability(probability)
         values = self.values(outputs)
@@ -219,12 +226,12 @@ class Family(Head):
             return self.units(values).quantile(level)
         except NotImplementedError as error:
             raise NotImplementedError(
-                f"TensorFlow Probability knows no quantile of the head {self!r}"
-                ". Estimate it from draws of head.sample()."
+                "TensorFlow Probability has no quantile for the head "
+                f"{self!r}. Estimate it from draws of head.sample()."
             ) from error
 
     def cdf(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Returns the probability of at most the targets, unit by unit.
+        """Returns the distribution function at the targets, unit by unit.
 
         Args:
             outputs: Tensor or array of shape `[..., K]`.
@@ -361,7 +368,7 @@ class Family(Head):
         }
 
     def _is_default(self, name: str, support: str) -> bool:
-        """Tells whether a link is that of real parameters by default."""
+        """Tells whether a link is the default for real parameters."""
         return support == "real" and self._links[name] == Identity(support)
 
 
@@ -370,7 +377,8 @@ class _Factor(NamedTuple):
 
     Attributes:
         roots: The diagonal of the triangle, one per predicted parameter.
-        below: Its entry in the last row and the last column but one.
+        below: The entry of the triangle in the last row and second-to-last
+            column.
         slopes: Derivatives of the coordinates in the raw outputs.
     """
 

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_natgrad.checks import check_integer
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.checks import check_integer
 from keras_natgrad.heads.probe import Inspection, finite_support, inspect
 
 #: The ways to find a Fisher matrix, in the order in which they are tried.
@@ -19,29 +19,29 @@ METHODS = ("summation", "kl_divergence", "monte_carlo")
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class Distribution(Head):
-    """Any distribution of TensorFlow Probability; it finds its own Fisher.
+    """Any distribution of TensorFlow Probability; finds its own Fisher.
 
-    In this order:
+    It uses the first of these methods that works:
 
-    1. `"summation"`: where the support is finite (Bernoulli, Categorical,
-       OneHotCategorical, FiniteDiscrete, OrderedLogistic, Binomial of a known
-       count), `F = Σ_y p(y) ∇log p(y) ∇log p(y)ᵀ`, exact.
-    2. `"kl_divergence"`: where TFP knows the divergence between two such
-       distributions, its Hessian at their equality, exact. Costs `K` double
-       backward passes and an eigendecomposition `K³` per example. Not for
-       Laplace distributions, whose divergence has no automatic Hessian, nor
-       for bijectors with parameters from the outputs.
+    1. `"summation"`: if the support is finite (Bernoulli, Categorical,
+       OneHotCategorical, FiniteDiscrete, OrderedLogistic, Binomial with a
+       known count), `F = Σ_y p(y) ∇log p(y) ∇log p(y)ᵀ`, exact.
+    2. `"kl_divergence"`: if TFP has the divergence between two such
+       distributions, its Hessian where they are equal, exact. Costs `K`
+       double backward passes and an eigendecomposition `K³` per example. Not
+       for Laplace distributions, whose divergence has no automatic Hessian,
+       nor for bijectors with parameters from the outputs.
     3. `"monte_carlo"`: the average over `samples` draws of the outer products
        of their scores, unbiased.
 
-    The draws of the last one follow from the outputs, so that both products
-    with L use the same ones.
+    The draws of the last method depend only on the outputs, so both products
+    with L use the same draws.
 
     Args:
-        make: Function from outputs `[..., K]` to a distribution of batch
-            shape `[...]` and of one tensor. It may use constants and
-            variables from outside. To save models that use the head it must
-            be registered with `keras.saving.register_keras_serializable`.
+        make: Function from outputs `[..., K]` to a distribution over one
+            tensor, of batch shape `[...]`. It may use constants and variables
+            from outside. To save models with this head, register it with
+            `keras.saving.register_keras_serializable`.
         parameter_count: K, or `None` for any.
         method: One of the three, or `"auto"` for the first that works.
         samples: Draws of `"monte_carlo"`. Defaults to `16`.
@@ -135,7 +135,7 @@ class Distribution(Head):
         }[method]
 
     def factor_rank(self, parameter_count: int) -> int:
-        """Returns the columns of L: points of the support, K, or draws."""
+        """Returns the number of columns of L: support points, K or draws."""
         method = self.fisher_method(parameter_count)
         if method == "monte_carlo":
             return self.samples
@@ -200,7 +200,7 @@ class Distribution(Head):
         return super().fisher(outputs)
 
     def _inspect(self, parameter_count: int) -> Inspection:
-        """Returns what is known beforehand, found once per size."""
+        """Returns what is known beforehand; inspects once per size."""
         if parameter_count not in self._inspected:
             found = inspect(self.make, parameter_count)
             self._inspected[parameter_count] = found
@@ -270,7 +270,7 @@ class Distribution(Head):
     # -- Checks ----------------------------------------------------------
 
     def validate(self, outputs_shape: Sequence[int | None]) -> None:
-        """Checks the number of outputs, and what `make` makes of them."""
+        """Checks the number of outputs, and what `make` returns for them."""
         super().validate(outputs_shape)
         size = tuple(outputs_shape)[-1]
         expected = self.parameter_count

@@ -21,7 +21,7 @@ class Joint(Head):
 
     The first `sizes[0]` outputs parametrise the first head, the next `sizes[1]`
     the second one, and so on. The targets lie side by side on the last axis in
-    the same order; a label or another single number takes one place. The
+    the same order; a single number, such as a label, takes one place. The
     Fisher matrix is block-diagonal, with a block for each head.
 
     Args:
@@ -46,7 +46,7 @@ class Joint(Head):
         if not self.heads or len(self.heads) != len(self.sizes):
             raise ValueError(
                 "`sizes` must hold the number of outputs of each of the "
-                f"`heads`, of which there must be one at least. Received: "
+                "`heads`, of which there must be at least one. Received: "
                 f"heads={self.heads}, sizes={self.sizes}"
             )
         for head, size in zip(self.heads, self.sizes, strict=True):
@@ -166,7 +166,7 @@ class Joint(Head):
         }
 
     def __eq__(self, other: object) -> bool:
-        # Not by the configuration, which not all heads have.
+        # Not by the configuration, because not all heads have one.
         if type(self) is not type(other):
             return NotImplemented
         assert isinstance(other, Joint)
@@ -211,7 +211,7 @@ class Joint(Head):
         )
 
     def _target_sizes(self) -> list[int | None]:
-        """Returns the places of each head's targets; `None`: one number."""
+        """Returns the places of each head's targets; `None` for a scalar."""
         if self._places is None:
             places: list[int | None] = []
             for head, size in zip(self.heads, self.sizes, strict=True):
@@ -225,7 +225,7 @@ class Joint(Head):
         outputs: tf.Tensor,
         function: Callable[[Head, tf.Tensor], tf.Tensor],
     ) -> tf.Tensor:
-        """Applies a function to each head, with a result like its targets."""
+        """Applies a function to each head and joins results like targets."""
         outputs = tensors.as_parameters(outputs)
         results = []
         for (head, part), place in zip(

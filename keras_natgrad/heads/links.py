@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_natgrad.heads import tensors
 
-#: Where parameters live, and the coordinate that their Fisher is stated in.
+#: The supports of parameters, and the coordinate of the Fisher for each.
 SUPPORTS = {
     "real": "the parameter itself",
     "positive": "the logarithm of the parameter",
@@ -24,12 +24,12 @@ class Link(abc.ABC):
     """A smooth function from a real output to a parameter of a distribution.
 
     Fisher matrices are stated in a coordinate in which they neither overflow
-    nor vanish: the parameter itself where it may be any real number, its
-    logarithm where it is positive, its logit where it lies between 0 and 1.
-    The link says how that coordinate changes with the raw output.
+    nor vanish: the parameter itself if it may be any real number, its logarithm
+    if it is positive, its logit if it lies between 0 and 1. The link says how
+    that coordinate changes with the raw output.
     """
 
-    #: The links may serve parameters with these supports.
+    #: The supports of the parameters that the link can make.
     supports: ClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
@@ -67,14 +67,14 @@ class Link(abc.ABC):
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class Identity(Link):
-    """The parameter is the output, which the network keeps where it belongs.
+    """The parameter is the output; the network keeps it in its support.
 
     A positive parameter must come from a layer that makes it positive (an
-    activation such as softplus), one of the support "unit" from a sigmoid.
-    Outputs below `ε = keras.config.epsilon()`, and above `1 − ε` for "unit",
-    are clipped to it, as the losses of Keras do: a ReLU's zeros are no rates.
-    Derivatives pass through the clipping, so that scores agree with the Fisher
-    matrix and do not vanish.
+    activation such as softplus), a parameter in (0, 1) from a sigmoid. As in
+    the losses of Keras, outputs are clipped to at least
+    `ε = keras.config.epsilon()`, and for (0, 1) to at most `1 − ε`: a ReLU's
+    zeros are not rates. Derivatives pass through the clipping, so that scores
+    agree with the Fisher matrix and do not vanish.
     """
 
     supports = ("real", "positive", "unit")
@@ -214,7 +214,7 @@ def get_link(identifier: Any, name: str, support: str) -> Link:
         support: Support of the parameter.
 
     Raises:
-        ValueError: If it is no link, or none for this support.
+        ValueError: If it is not a link, or not one for this support.
     """
     link = identifier
     if isinstance(identifier, dict):
@@ -233,7 +233,7 @@ def get_link(identifier: Any, name: str, support: str) -> Link:
 
 
 def link_config(link: Link) -> Any:
-    """Returns what `get_link` recreates a link from: its name if it can."""
+    """Returns what `get_link` recreates a link from: its name if possible."""
     for name, kind in _NAMES.items():
         if type(link) is kind and (kind is Identity or link == kind()):
             return name

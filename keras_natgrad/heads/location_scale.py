@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
 import numpy as np
@@ -12,7 +12,6 @@ import tensorflow as tf
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.family import Family, Information, Parameter
 from keras_natgrad.heads.normal import normal_information, normal_log_prob
-from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import (
     EULER_GAMMA,
     GUMBEL_SPREAD,
@@ -32,16 +31,9 @@ class LocationScale(Family):
     """
 
     parameters = (Parameter("loc", "real"), Parameter("scale", "positive"))
-    #: Name of the distribution in TensorFlow Probability.
-    distribution_name: ClassVar[str]
 
     def __init__(self, scale: float | str | Any = "softplus") -> None:
         super().__init__(scale=scale)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        make = getattr(distributions(), self.distribution_name)
-        return make(values["loc"], values["scale"])
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
@@ -111,7 +103,7 @@ class LogitNormal(LocationScale):
         return self._moments(outputs)[0]
 
     def stddev(self, outputs: tf.Tensor) -> tf.Tensor:
-        """Returns the standard deviation, by quadrature as the mean."""
+        """Returns the standard deviation, by quadrature like the mean."""
         return self._moments(outputs)[1]
 
     def _moments(self, outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -241,7 +233,7 @@ class Gumbel(LocationScale):
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class StudentT(Family):
-    r"""Student's t targets: regression that outliers do not bend.
+    r"""Student's t targets: regression that is robust to outliers.
 
     The Fisher matrix in (loc, log scale, log df), with ν for df, is
 
@@ -259,8 +251,7 @@ class StudentT(Family):
             `4.0`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
 
     References:
         - Lange, Little & Taylor, 1989.
@@ -271,18 +262,13 @@ class StudentT(Family):
         Parameter("scale", "positive"),
         Parameter("df", "positive"),
     )
+    distribution_name = "StudentT"
     in_float64 = True
 
     def __init__(
         self, scale: float | str | Any = "softplus", df: float | str | Any = 4.0
     ) -> None:
         super().__init__(scale=scale, df=df)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().StudentT(
-            values["df"], values["loc"], values["scale"]
-        )
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""

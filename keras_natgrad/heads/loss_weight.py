@@ -21,8 +21,8 @@ class LossWeight:
     loss(targets, outputs) = Σ_i c_i (-log p(targets_i | outputs_i)) + const,
     ```
 
-    where the coefficients `c` hold all that is no property of the head: the
-    mean over the last axis, sample weights, the mask and the reduction. The
+    where the coefficients `c` hold everything that does not belong to the head:
+    the mean over the last axis, sample weights, the mask and the reduction. The
     same coefficients weight the Fisher matrices of the examples, which makes
     the natural gradient independent of the scale of the loss.
 
@@ -34,14 +34,13 @@ class LossWeight:
         units: `"mean"` if the loss averages over the last axis of the outputs,
             `"sum"` if it sums, or if that axis holds a single distribution.
             Defaults to `"sum"`.
-        ignore_class: Optional integer, the label of the examples that the
-            loss leaves out. Combine `target_mask()` with the Keras mask of the
-            outputs. Defaults to `None`.
-        open_scale: Whether the head is one of a family that differ in a scale
-            s, and the loss the negative log-likelihood of each of them, times
-            s: absolute errors say nothing of the scale of a Laplace
-            distribution. Training then takes the most likely scale of the
-            batch's errors. Defaults to `False`.
+        ignore_class: Optional integer, the label of the examples that the loss
+            ignores. Combine `target_mask()` with the Keras mask of the outputs.
+            Defaults to `None`.
+        open_scale: Whether the loss is, for any scale s, s times the negative
+            log-likelihood of the head with that scale: absolute errors do not
+            fix the scale of a Laplace distribution. Training then uses the most
+            likely scale for the batch's errors. Defaults to `False`.
 
     Raises:
         ValueError: If `reduction` or `units` is unknown.
@@ -76,10 +75,10 @@ class LossWeight:
 
         Loss reductions are linear, so the coefficients are the derivative of
         the reduction with respect to the losses that it reduces. Keras itself
-        does the reduction: ranks of weights are aligned, masks renormalised
-        and sums divided exactly as in the loss. Under a `tf.distribute`
-        strategy Keras divides means by the number of replicas, so that sums
-        over replicas are global means; the coefficients include this.
+        does the reduction: it aligns ranks of weights, renormalises masks and
+        divides sums exactly as in the loss. Under a `tf.distribute` strategy
+        Keras divides means by the number of replicas, so that sums over
+        replicas are global means; the coefficients include this.
 
         Args:
             outputs: Tensor of shape `[..., K]`.
@@ -128,8 +127,8 @@ class LossWeight:
 
 
 class _Reduction(keras.losses.Loss):
-    """A loss whose values are given: only its reduction does something."""
+    """A loss whose values are given, so only its reduction matters."""
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        # A new tensor, on which the mask of `y_pred` is not found again.
+        # A new tensor, so that Keras does not apply the mask of `y_pred` again.
         return tf.identity(y_pred)

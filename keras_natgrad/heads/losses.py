@@ -19,10 +19,10 @@ from keras_natgrad.heads.robust import Huber, HyperbolicSecant, Log1pNormal
 
 Converter = Callable[[Any], tuple[Head, LossWeight]]
 
-# What `compile()` wraps loss functions in; Keras does not export it.
+# `compile()` wraps loss functions in it; Keras does not export it.
 _LossFunctionWrapper = keras.losses.MeanSquaredError.__base__
 
-# Functions with a class of the same meaning and the same arguments.
+# Functions that have a class with the same meaning and arguments.
 _CLASSES: dict[Any, type] = {
     keras.losses.mean_squared_error: keras.losses.MeanSquaredError,
     keras.losses.mean_absolute_error: keras.losses.MeanAbsoluteError,
@@ -59,69 +59,55 @@ _CLASSES: dict[Any, type] = {
 }
 
 
-def _mean_squared_error(loss: Any) -> tuple[Head, LossWeight]:
+# Changed only by `register_loss()`, like the registry of Keras's objects.
+_CONVERTERS: dict[Any, Converter] = {
     # (y - μ)² = -log N(y | μ, ½) + const.
-    return Normal(scale=0.5**0.5), LossWeight(units="mean")
-
-
-def _mean_absolute_error(loss: Any) -> tuple[Head, LossWeight]:
+    keras.losses.MeanSquaredError: lambda loss: (
+        Normal(scale=0.5**0.5),
+        LossWeight(units="mean"),
+    ),
     # |y - μ| = -s log Laplace(y | μ, s) + const, for every s.
-    return Laplace(scale=1.0), LossWeight(units="mean", open_scale=True)
-
-
-def _mean_squared_logarithmic_error(loss: Any) -> tuple[Head, LossWeight]:
+    keras.losses.MeanAbsoluteError: lambda loss: (
+        Laplace(scale=1.0),
+        LossWeight(units="mean", open_scale=True),
+    ),
     # (log(1 + y) - log(1 + μ))²: log(1 + y) is normal of variance ½.
-    return Log1pNormal(scale=0.5**0.5), LossWeight(units="mean")
-
-
-def _huber(loss: Any) -> tuple[Head, LossWeight]:
-    delta = float(loss_options(loss)["delta"])
-    return Huber(scale=1.0, delta=delta), LossWeight(units="mean")
-
-
-def _log_cosh(loss: Any) -> tuple[Head, LossWeight]:
+    keras.losses.MeanSquaredLogarithmicError: lambda loss: (
+        Log1pNormal(scale=0.5**0.5),
+        LossWeight(units="mean"),
+    ),
+    keras.losses.Huber: lambda loss: (
+        Huber(scale=1.0, delta=float(loss_options(loss)["delta"])),
+        LossWeight(units="mean"),
+    ),
     # log cosh(y - μ) = -log sech(y - μ).
-    return HyperbolicSecant(scale=1.0), LossWeight(units="mean")
-
-
-def _poisson(loss: Any) -> tuple[Head, LossWeight]:
+    keras.losses.LogCosh: lambda loss: (
+        HyperbolicSecant(scale=1.0),
+        LossWeight(units="mean"),
+    ),
     # λ - y log λ = -log Poisson(y | λ) + const; the outputs are rates, which
     # the link raises to ε. (Keras adds ε within the logarithm.)
-    return Poisson(rate="identity"), LossWeight(units="mean")
-
-
-def _kl_divergence(loss: Any) -> tuple[Head, LossWeight]:
-    # Σ y log(y / p) is the cross-entropy of soft targets, up to a constant, of
-    # outputs that sum to one: Keras takes p as it is, the head normalises it.
-    return Categorical(from_logits=False, sparse=False), LossWeight()
-
-
-def _binary_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
-    return Bernoulli(loss.from_logits), LossWeight(units="mean")
-
-
-def _categorical_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
-    return Categorical(loss.from_logits, sparse=False), LossWeight()
-
-
-def _sparse_categorical_crossentropy(loss: Any) -> tuple[Head, LossWeight]:
-    weight = LossWeight(ignore_class=loss.ignore_class)
-    return Categorical(loss.from_logits, sparse=True), weight
-
-
-# Filled by `register_loss()` only, like the registry of Keras's own objects.
-_CONVERTERS: dict[Any, Converter] = {
-    keras.losses.MeanSquaredError: _mean_squared_error,
-    keras.losses.MeanAbsoluteError: _mean_absolute_error,
-    keras.losses.MeanSquaredLogarithmicError: _mean_squared_logarithmic_error,
-    keras.losses.Huber: _huber,
-    keras.losses.LogCosh: _log_cosh,
-    keras.losses.Poisson: _poisson,
-    keras.losses.KLDivergence: _kl_divergence,
-    keras.losses.BinaryCrossentropy: _binary_crossentropy,
-    keras.losses.CategoricalCrossentropy: _categorical_crossentropy,
-    keras.losses.SparseCategoricalCrossentropy: (
-        _sparse_categorical_crossentropy
+    keras.losses.Poisson: lambda loss: (
+        Poisson(rate="identity"),
+        LossWeight(units="mean"),
+    ),
+    # Σ y log(y / p) is the cross-entropy of soft targets, up to a constant, if
+    # outputs sum to one: Keras does not normalise p, the head does.
+    keras.losses.KLDivergence: lambda loss: (
+        Categorical(from_logits=False, sparse=False),
+        LossWeight(),
+    ),
+    keras.losses.BinaryCrossentropy: lambda loss: (
+        Bernoulli(loss.from_logits),
+        LossWeight(units="mean"),
+    ),
+    keras.losses.CategoricalCrossentropy: lambda loss: (
+        Categorical(loss.from_logits, sparse=False),
+        LossWeight(),
+    ),
+    keras.losses.SparseCategoricalCrossentropy: lambda loss: (
+        Categorical(loss.from_logits, sparse=True),
+        LossWeight(ignore_class=loss.ignore_class),
     ),
 }
 
@@ -129,7 +115,7 @@ _CONVERTERS: dict[Any, Converter] = {
 def register_loss(
     loss_class_or_function: Any, converter: Converter
 ) -> Converter:
-    """Registers the head of a loss, so that models compiled with it need none.
+    """Registers the head of a loss, so models compiled with it need no head.
 
     Subclasses of a registered class must be registered themselves: they may
     compute something else.
@@ -180,7 +166,7 @@ def from_loss(
 ) -> tuple[Head, LossWeight]:
     """Finds the head whose negative log-likelihood a Keras loss is.
 
-    The head is that of one unit. Everything else is the weight:
+    The head models one unit; the weight holds everything else:
 
     ```
     loss(targets, outputs, sample_weight)
@@ -203,10 +189,9 @@ def from_loss(
     | `NegativeLogLikelihood`  | its head                    | sum   |
 
     The targets must have the rank that the head documents. Label smoothing
-    changes the targets, not the head. For losses of probabilities the
-    identity holds where Keras does not clip, and for `kl_divergence` where the
-    outputs sum to one, as those of a softmax do: Keras does not normalise
-    them, and the head does.
+    changes the targets, not the head. For losses of probabilities the identity
+    holds if Keras does not clip, and for `kl_divergence` if the outputs sum to
+    one, as those of a softmax do: the head normalises them, but Keras does not.
 
     Args:
         loss: A Keras loss: a name, function, `functools.partial` of a
@@ -218,10 +203,10 @@ def from_loss(
         A pair of the `Head` and the `LossWeight`.
 
     Raises:
-        ValueError: If the loss is no log-likelihood of a known head, or if the
-            loss or the outputs have a form that the head does not model. An
-            optimizer then trains with a surrogate or the empirical Fisher;
-            see docs/heads.md.
+        ValueError: If the loss is not a log-likelihood of a known head, or if
+            the loss or the outputs have a form that the head does not model. An
+            optimizer then trains with a surrogate or the empirical Fisher; see
+            docs/heads.md.
 
     Example:
 
@@ -245,7 +230,7 @@ def from_loss(
 def find_head(
     loss: Any, outputs_shape: Sequence[int | None] | None = None
 ) -> tuple[Head, LossWeight] | None:
-    """Finds the head as `from_loss()`, and `None` where no head is known.
+    """Finds the head like `from_loss()`, or `None` if no head is known.
 
     Args:
         loss: As for `from_loss()`.
@@ -279,15 +264,15 @@ def find_head(
 def resolve(
     loss: Any, shape: tuple[int | None, ...] | None = None
 ) -> tuple[Any, str | None]:
-    """Returns the loss instance or function meant, and its reduction.
+    """Returns the loss instance or function, and its reduction.
 
     Args:
         loss: As for `from_loss()`.
         shape: Static shape of the outputs, for the name `"crossentropy"`.
 
     Returns:
-        An instance for every loss of Keras, a function for any other one, and
-        `None` for what is neither; and the reduction.
+        An instance for every loss of Keras, a function for any other one, or
+        `None`; and the reduction.
     """
     if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
         loss = _crossentropy(shape)
@@ -296,7 +281,7 @@ def resolve(
             loss = keras.losses.get(loss)
         except (ValueError, KeyError):
             return None, None
-    # What `compile()` does with a function: it sums over the batch size.
+    # As `compile()` does with a function: the sum over the batch size.
     reduction = getattr(loss, "reduction", "sum_over_batch_size")
     function, options = loss, {}
     if type(loss) is _LossFunctionWrapper:
@@ -312,7 +297,7 @@ def resolve(
         return function, reduction
     if callable(function) and function in _CLASSES:
         return _CLASSES[function](**options), reduction
-    # A converter would not see the options of any other function.
+    # For other functions, a converter would not see the options.
     return (None if options else function), reduction
 
 
@@ -327,7 +312,7 @@ def _crossentropy(shape: tuple[int | None, ...] | None) -> Any:
         )
     if shape[-1] == 1:
         return keras.losses.binary_crossentropy
-    # Sparse or not depends on the targets, and makes no difference to `F`.
+    # Sparse or not depends on the targets; `F` is the same.
     return keras.losses.sparse_categorical_crossentropy
 
 

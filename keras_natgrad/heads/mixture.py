@@ -8,10 +8,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_natgrad.checks import check_integer, check_probability
 from keras_natgrad.heads import tensors
 from keras_natgrad.heads.base import Head
 from keras_natgrad.heads.categorical import Categorical
-from keras_natgrad.heads.checks import check_integer, check_probability
 from keras_natgrad.heads.generic import Distribution
 from keras_natgrad.heads.normal import Normal
 from keras_natgrad.heads.probability import (
@@ -22,7 +22,7 @@ from keras_natgrad.heads.probability import (
 
 #: How `NormalMixture` finds its Fisher matrix.
 METHODS = ("monte_carlo", "complete_data")
-# Of the search for a quantile, which ends where the number has no more digits.
+# Limit for the search for a quantile, which ends at the last digit.
 _MOST_ITERATIONS = 100
 
 
@@ -30,9 +30,9 @@ _MOST_ITERATIONS = 100
 class NormalMixture(Head):
     r"""A mixture of normals: one target with several likely values.
 
-    The outputs are the C logits of the components, their C means, and their C
-    raw scales unless the scale is fixed. The Fisher matrix of a mixture has no
-    closed form:
+    The outputs are the C logits of the components, their C means and, unless
+    the scale is fixed, their C raw scales. The Fisher matrix of a mixture has
+    no closed form:
 
     - `fisher="monte_carlo"`: the average over `samples` draws of the outer
       products of their scores, unbiased, as in `heads.Distribution`.
@@ -41,9 +41,9 @@ class NormalMixture(Head):
 
           logits: diag(π) − π πᵀ,    component k: π_k × that of Normal,
 
-      and an upper bound, as leaving the component out only loses information:
-      steps are shorter, the more so the more the components overlap. Products
-      cost `O(C)`.
+      and an upper bound, because not observing the component loses information.
+      The more the components overlap, the shorter the steps. Products cost
+      `O(C)`.
 
     Args:
         components: Number of components C, at least 2.
@@ -102,7 +102,7 @@ class NormalMixture(Head):
         return self._by_residuals(outputs).log_prob(targets[..., 0])
 
     def cdf(self, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        """Returns the probability of at most the targets.
+        """Returns the distribution function at the targets.
 
         Args:
             outputs: Tensor or array of shape `[..., K]`.
@@ -118,8 +118,8 @@ class NormalMixture(Head):
     def quantile(self, outputs: tf.Tensor, probability: float) -> tf.Tensor:
         """Returns the value that targets stay below with a probability.
 
-        It lies between the lowest and the highest of the components'
-        quantiles, where a root of the distribution function is sought.
+        It lies between the lowest and the highest of the components' quantiles;
+        a root search on the distribution function finds it.
 
         Args:
             outputs: Tensor or array of shape `[..., K]`.
@@ -134,7 +134,7 @@ class NormalMixture(Head):
         check_probability(probability)
         logits, loc, scale = self._values(outputs)
         shares = tf.nn.softmax(logits)
-        # The smaller tail, as 1 − p has fewer digits.
+        # The smaller tail, because 1 − p has fewer digits.
         side = 1.0 if probability <= 0.5 else -1.0
         tail = tf.constant(min(probability, 1.0 - probability), loc.dtype)
         ends = loc + side * scale * tf.math.ndtri(tail)
@@ -255,7 +255,7 @@ class NormalMixture(Head):
         """Builds the same distribution from `(y − loc) / scale`.
 
         TFP's normal subtracts `loc / scale` from `y / scale`, whose gradients
-        are rounding where the scale is small beside the mean.
+        are only rounding if the scale is small compared with the mean.
         """
         tfd, tfb = distributions(), bijectors()
         logits, loc, scale = self._values(outputs)

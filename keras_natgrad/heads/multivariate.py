@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_natgrad.checks import check_integer
 from keras_natgrad.heads import softmax, tensors
 from keras_natgrad.heads.base import Head
-from keras_natgrad.heads.checks import check_count
 from keras_natgrad.heads.links import get_link, link_config
 from keras_natgrad.heads.probability import distributions, mathematics
 
@@ -32,7 +32,7 @@ class MultivariateNormalTriL(Head):
         diagonal: Link of the diagonal of T. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If `diagonal` is no link for positive parameters.
+        ValueError: If `diagonal` is not a link for positive parameters.
     """
 
     def __init__(self, diagonal: Any = "softplus") -> None:
@@ -61,7 +61,7 @@ class MultivariateNormalTriL(Head):
     def fisher_factor_product(
         self, outputs: tf.Tensor, vector: tf.Tensor
     ) -> tf.Tensor:
-        """Solves with `Tᵀ`, and goes back through the triangle."""
+        """Solves with `Tᵀ`, then goes back through the triangle."""
         outputs = tensors.as_parameters(outputs)
         loc, scale, slope = self._parameters(outputs)
         first, rest = self._split(tensors.cast_like(vector, outputs))
@@ -136,8 +136,8 @@ class MultivariateNormalTriL(Head):
 class Multinomial(Head):
     """Counts of `K` classes in a fixed number of draws, from logits.
 
-    The Fisher matrix is that of one draw times their number:
-    `F = n (diag(p) − p pᵀ)`, `p = softmax(outputs)`. Products cost `O(K)`.
+    The Fisher matrix is n times that of one draw: `F = n (diag(p) − p pᵀ)`,
+    `p = softmax(outputs)`. Products cost `O(K)`.
 
     Args:
         total_count: Positive number of draws n.
@@ -147,7 +147,7 @@ class Multinomial(Head):
     """
 
     def __init__(self, total_count: float) -> None:
-        self.total_count = check_count(total_count)
+        self.total_count = float(check_integer("total_count", total_count))
 
     def distribution(self, outputs: tf.Tensor) -> Any:
         """Builds the `Multinomial` distribution."""
@@ -208,7 +208,7 @@ def _fill_triangular(entries: tf.Tensor) -> tf.Tensor:
 
 
 def _take_triangular(matrix: tf.Tensor) -> tf.Tensor:
-    """Returns the entries of the lower triangle: undoes the filling."""
+    """Returns the entries of the lower triangle, the inverse of filling."""
     return mathematics().fill_triangular_inverse(
         tf.linalg.band_part(matrix, -1, 0)
     )

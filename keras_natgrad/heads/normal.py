@@ -45,13 +45,10 @@ class Normal(Family):
     """
 
     parameters = (Parameter("loc", "real"), Parameter("scale", "positive"))
+    distribution_name = "Normal"
 
     def __init__(self, scale: float | str | Any = 1.0) -> None:
         super().__init__(scale=scale)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Normal(values["loc"], values["scale"])
 
     def unit_log_prob(
         self, values: dict[str, tf.Tensor], targets: tf.Tensor
@@ -69,8 +66,8 @@ class MultivariateNormalDiag(Normal):
     """Normal targets in d dimensions with a diagonal covariance.
 
     The outputs are the d means, then the d raw scales. It is `Normal` with a
-    predicted scale, but for the distribution, whose event is the vector of all
-    targets. The Fisher matrix in (loc, log scale) is `diag(1/scale², 2)`.
+    predicted scale, except that the event of the distribution is the vector of
+    all targets. The Fisher matrix in (loc, log scale) is `diag(1/scale², 2)`.
 
     Args:
         scale: The standard deviations, a positive number or the link that
@@ -94,8 +91,8 @@ class MultivariateNormalDiag(Normal):
 def normal_log_prob(residual: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
     """Returns the log-density of a normal at `loc + residual`.
 
-    TFP subtracts `loc / scale` from `y / scale`, whose gradients are rounding
-    where the scale is small beside the mean.
+    TFP subtracts `loc / scale` from `y / scale`, whose gradients are only
+    rounding if the scale is small compared with the mean.
     """
     return -(
         0.5 * tf.square(residual / scale)

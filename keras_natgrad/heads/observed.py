@@ -1,4 +1,4 @@
-"""The empirical Fisher of a loss that is no log-likelihood of a head."""
+"""The empirical Fisher of a loss that is not a log-likelihood of a head."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from keras_natgrad.heads.loss_weight import LossWeight
 
 
 class ObservedLoss(Head):
-    """Stands for a loss in the curvature; its outputs are values of the loss.
+    """Represents a loss in the curvature; its outputs are values of the loss.
 
     With values `ℓ` the negative log-likelihood is `y ℓ` with the observed
     target `y = 1`, and with `y = ±1` drawn evenly for sampling. So `F = L = 1`
-    in the values, and with respect to what the network gives,
+    in the values, and with respect to the network's outputs,
 
     ```
     F = s sᵀ,  s = ∂ℓ / ∂outputs,
     ```
 
-    the empirical Fisher of this very loss at the observed targets.
+    the empirical Fisher of this loss at the observed targets.
 
-    It is made for one batch, is no distribution and cannot be saved.
+    It is made for one batch, is not a distribution and cannot be saved.
     """
 
     def distribution(self, outputs: tf.Tensor) -> NoReturn:
-        """Raises an error: a loss is no distribution.
+        """Raises an error: a loss is not a distribution.
 
         Raises:
             NotImplementedError: Always.
@@ -67,7 +67,7 @@ class ObservedLoss(Head):
     def targets_in_support(
         self, outputs: tf.Tensor, targets: tf.Tensor
     ) -> tf.Tensor:
-        """Returns true: what the loss accepts is its own affair."""
+        """Returns true: the loss itself decides what it accepts."""
         return tf.constant(True)
 
     def describe_fisher(self, parameter_count: int | None = None) -> str:
@@ -101,12 +101,12 @@ def observe_loss(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the values of a loss before its reduction, and their weights.
 
-    The values are differentiable in the outputs. Where the loss gives one or
-    more per example, `loss = Σ c ℓ` over them, and each value is taken as one
-    independent observation. A loss that gives a single number, or anything
-    else that is not per example, is taken for a mean over the batch of N
-    examples: `ℓ_n = ⟨N ∂loss/∂outputs_n, outputs_n⟩` with the gradient held
-    fixed, which has the gradient of the loss of example n.
+    The values are differentiable in the outputs. If the loss returns one or
+    more values per example, `loss = Σ c ℓ` over them, and each value counts as
+    one independent observation. A loss that returns a single number, or
+    anything else that is not per example, is treated as a mean over the batch
+    of N examples: `ℓ_n = ⟨N ∂loss/∂outputs_n, outputs_n⟩` with the gradient
+    held fixed, which has the gradient of the loss of example n.
 
     Args:
         loss: A `keras.losses.Loss`.

@@ -34,11 +34,11 @@ class OrderedLogistic(Head):
         loc:    √p_j (σ(θ_j) − σ(−θ_{j+1}))
         Δ_j:    σ(θ_{j+1}) σ(−θ_{j+1}) / √p_j.
 
-    - Cutpoints given: one output, the location; the factor is the root of
-      the sum over the classes.
+    - Given cutpoints: one output, the location; the factor is the root of the
+      sum over the classes.
     - Cutpoints `None`: `C − 1` outputs, the location and the distances
-      between the cutpoints through a link. The first cutpoint is zero, as
-      moving all of them is moving the location.
+      between the cutpoints through a link. The first cutpoint is zero, because
+      moving all of them is the same as moving the location.
 
     All products cost `O(C)`. Targets are as for `Categorical`: integer labels
     or rows of class probabilities.
@@ -49,8 +49,8 @@ class OrderedLogistic(Head):
         increment: Link of the predicted distances. Defaults to `"softplus"`.
 
     Raises:
-        ValueError: If the cutpoints do not increase, or `increment` is no link
-            for positive parameters.
+        ValueError: If the cutpoints do not increase, or `increment` is not a
+            link for positive parameters.
 
     Example:
 
@@ -123,7 +123,7 @@ class OrderedLogistic(Head):
             return _root_of_sum(classes.shift) * vector
         shifted = classes.shift * vector
         location = -tf.reduce_sum(shifted, axis=-1, keepdims=True)
-        # A distance moves both edges of all classes above its own.
+        # A distance moves both edges of all higher classes.
         above = tf.cumsum(shifted, axis=-1, exclusive=True, reverse=True)
         steps = classes.widen * vector[..., 1:-1] + above[..., 1:-1]
         return tf.concat([location, classes.slopes * steps], axis=-1)
@@ -138,7 +138,7 @@ class OrderedLogistic(Head):
             return _root_of_sum(classes.shift) * vector
         location = -vector[..., :1] * tf.ones_like(classes.shift[..., :1])
         steps = classes.slopes * vector[..., 1:]
-        # The change of the lower edge; of the upper one for the first class.
+        # The change of the lower edge; of the upper edge for the first class.
         edges = tf.concat(
             [location, tf.cumsum(tf.concat([location, steps], -1), axis=-1)],
             axis=-1,

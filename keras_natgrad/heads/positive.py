@@ -9,7 +9,6 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad.heads.family import Family, Information, Parameter
-from keras_natgrad.heads.probability import distributions
 from keras_natgrad.heads.special import (
     EULER_GAMMA,
     GUMBEL_SPREAD,
@@ -27,19 +26,15 @@ class Exponential(Family):
         rate: The rate, a number or a link. Defaults to `"exp"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (Parameter("rate", "positive"),)
+    distribution_name = "Exponential"
     target_support = "nonnegative"
 
     def __init__(self, rate: float | str | Any = "exp") -> None:
         super().__init__(rate=rate)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Exponential(values["rate"])
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -59,14 +54,14 @@ class Gamma(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
         Parameter("rate", "positive"),
         Parameter("concentration", "positive"),
     )
+    distribution_name = "Gamma"
     target_support = "positive"
     in_float64 = True
 
@@ -77,12 +72,6 @@ class Gamma(Family):
     ) -> None:
         super().__init__(rate=rate, concentration=concentration)
 
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Gamma(
-            values["concentration"], rate=values["rate"]
-        )
-
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
         return _gamma_information(values["concentration"])
@@ -90,7 +79,7 @@ class Gamma(Family):
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class InverseGamma(Family):
-    r"""Inverse gamma targets: reciprocals of gamma ones.
+    r"""Inverse gamma targets: reciprocals of gamma variables.
 
     The Fisher matrix in (log scale, log concentration), with α for the
     concentration, is `[[α, −α], [·, α² ψ₁(α)]]`.
@@ -101,14 +90,14 @@ class InverseGamma(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
         Parameter("scale", "positive"),
         Parameter("concentration", "positive"),
     )
+    distribution_name = "InverseGamma"
     target_support = "positive"
     in_float64 = True
 
@@ -118,12 +107,6 @@ class InverseGamma(Family):
         concentration: float | str | Any = "softplus",
     ) -> None:
         super().__init__(scale=scale, concentration=concentration)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().InverseGamma(
-            values["concentration"], scale=values["scale"]
-        )
 
     def mean(self, outputs: tf.Tensor) -> tf.Tensor:
         """Returns the mean, infinite for concentrations up to 1."""
@@ -153,14 +136,14 @@ class InverseGaussian(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
         Parameter("loc", "positive"),
         Parameter("concentration", "positive"),
     )
+    distribution_name = "InverseGaussian"
     target_support = "positive"
 
     def __init__(
@@ -169,12 +152,6 @@ class InverseGaussian(Family):
         concentration: float | str | Any = "softplus",
     ) -> None:
         super().__init__(loc=loc, concentration=concentration)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().InverseGaussian(
-            values["loc"], values["concentration"]
-        )
 
     def information(self, values: dict[str, tf.Tensor]) -> Information:
         """Returns the Fisher matrix of each unit in its coordinates."""
@@ -188,8 +165,7 @@ class Weibull(Family):
     r"""Weibull targets: lifetimes.
 
     The Fisher matrix in (log scale, log concentration), with k for the
-    concentration and Euler's γ, is
-    `[[k², (γ − 1) k], [·, π²/6 + (1 − γ)²]]`.
+    concentration and Euler's γ, is `[[k², (γ − 1) k], [·, π²/6 + (1 − γ)²]]`.
 
     Args:
         scale: The scale, a number or a link. Defaults to `"softplus"`.
@@ -197,14 +173,14 @@ class Weibull(Family):
             `"softplus"`.
 
     Raises:
-        ValueError: If an argument is neither a number in its range nor a
-            link.
+        ValueError: If an argument is neither a number in its range nor a link.
     """
 
     parameters = (
         Parameter("scale", "positive"),
         Parameter("concentration", "positive"),
     )
+    distribution_name = "Weibull"
     target_support = "positive"
 
     def __init__(
@@ -213,10 +189,6 @@ class Weibull(Family):
         concentration: float | str | Any = "softplus",
     ) -> None:
         super().__init__(scale=scale, concentration=concentration)
-
-    def units(self, values: dict[str, tf.Tensor]) -> Any:
-        """Builds the units' distributions; see `Family.units()`."""
-        return distributions().Weibull(values["concentration"], values["scale"])
 
     def unit_log_prob(
         self, values: dict[str, tf.Tensor], targets: tf.Tensor
@@ -242,7 +214,7 @@ class Weibull(Family):
 
 
 def _gamma_information(concentration: tf.Tensor) -> Information:
-    """Returns that of (log rate or scale, log concentration)."""
+    """Returns the Fisher matrix in (log rate or scale, log concentration)."""
     # α² ψ₁(α) = α + h(α): the complement is h itself.
     excess = trigamma_excess(concentration)
     return Information(

@@ -1,4 +1,4 @@
-"""What can be known of a distribution before there are any outputs."""
+"""What is known about a distribution before there are any outputs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Found = TypeVar("Found")
 def probe(
     function: Callable[[tf.Tensor, tf.Tensor], Found], parameter_count: int
 ) -> Found:
-    """Calls a function with unknown outputs, and nothing is computed.
+    """Calls a function with unknown outputs, without computing anything.
 
-    It is traced like a part of a model, so that it may use constants and
-    variables from outside. Constants fix a float type, which is that of Keras
-    or else the other one.
+    It is traced like a part of a model, so it may use constants and variables
+    from outside. Constants determine the float type: that of Keras, or else the
+    other one.
 
     Args:
         function: Takes two unrelated tensors of outputs, `[2, K]` each.
@@ -58,7 +58,7 @@ def _trace(
 
 
 class Inspection(NamedTuple):
-    """What is known of the distributions that a function makes.
+    """What is known about the distributions that a function makes.
 
     Attributes:
         name: Name of their class.
@@ -74,7 +74,7 @@ class Inspection(NamedTuple):
 def inspect(
     make: Callable[[tf.Tensor], Any], parameter_count: int
 ) -> Inspection:
-    """Checks what a function makes of outputs, and how its Fisher is found.
+    """Checks the distributions that a function makes, and finds the methods.
 
     Args:
         make: Function from outputs `[..., K]` to a distribution.
@@ -84,7 +84,8 @@ def inspect(
         An `Inspection`.
 
     Raises:
-        ValueError: If it makes no distribution of one tensor per example.
+        ValueError: If it does not make a distribution over one tensor per
+            example.
     """
 
     def both(outputs: tf.Tensor, others: tf.Tensor) -> Inspection:
@@ -158,14 +159,14 @@ def finite_support(distribution: Any) -> tf.Tensor | None:
 def _has_smooth_divergence(distribution: Any, other: Any) -> bool:
     """Tells whether the Hessian of TFP's divergence is the Fisher matrix.
 
-    The two must come from different outputs: transformed distributions have a
-    divergence only if they are transformed alike, and then that of their
-    bases, in which outputs that move the transformation are missing.
+    The two must come from different outputs. Transformed distributions have a
+    divergence only if their transformations are equal; it is then that of their
+    bases, without the outputs that change the transformation.
 
-    Of what TFP knows, the divergences of these two are differentiated wrongly
-    at equality: the Laplace one is `|Δ| + exp(−|Δ|)`, whose kinks cancel, but
-    not for automatic differentiation, which takes `sign(0) = 0`; the uniform
-    one is infinite on one side.
+    Two of TFP's divergences have wrong derivatives at equality: the Laplace one
+    is `|Δ| + exp(−|Δ|)`, whose kinks cancel, but not for automatic
+    differentiation, which takes `sign(0) = 0`; the uniform one is infinite on
+    one side.
     """
     tfd = distributions()
     parts = (distribution, *distribution.submodules)

@@ -155,8 +155,8 @@ class Log1pNormal(LocationScale):
 
 
 def _symmetric() -> Any:
-    """Returns the module of the distributions, which loads TFP."""
-    distributions()  # Says what to install where it is missing.
+    """Returns the module of symmetric distributions, which loads TFP."""
+    distributions()  # Says what to install if TFP is missing.
     from keras_natgrad.heads import symmetric
 
     return symmetric

@@ -23,7 +23,7 @@ def _named_heads() -> dict[str, type[Head]]:
 
 
 def _is_complete(kind: type) -> bool:
-    """Tells whether this is a class of heads with all methods."""
+    """Tells whether this is a head class with all methods."""
     return issubclass(kind, Head) and not inspect.isabstract(kind)
 
 
@@ -41,7 +41,7 @@ def get(identifier: Any) -> Head:
     """Retrieves a head.
 
     Args:
-        identifier: A `Head`, which is returned as it is; a subclass of `Head`;
+        identifier: A `Head`, which is returned unchanged; a subclass of `Head`;
             the name of a head, such as `"normal"` or the registered name
             `"my_package>MyHead"`; or a dictionary made by
             `keras.saving.serialize_keras_object(head)`.

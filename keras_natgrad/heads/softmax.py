@@ -1,10 +1,10 @@
 """Factor of the Fisher matrix of logits: `F = diag(p) − p pᵀ = L Lᵀ`.
 
-`L = diag(√p) − p √pᵀ`, `p = softmax(logits)`. Where one class `k` is nearly
-certain, `F_kk = p_k (1 − p_k)` is far below the rounding of `p_k`: the plain
-differences of `L` would leave nothing but rounding there. Both products
-therefore take `1 − p_k` from the other classes, whose probabilities have full
-relative precision.
+`L = diag(√p) − p √pᵀ`, `p = softmax(logits)`. If one class `k` is nearly
+certain, `F_kk = p_k (1 − p_k)` is far below the rounding of `p_k`, and the
+plain differences in `L` would be only rounding. Both products therefore compute
+`1 − p_k` from the other classes, whose probabilities have full relative
+precision.
 """
 
 import tensorflow as tf
@@ -37,8 +37,8 @@ def factor_product(logits: tf.Tensor, vector: tf.Tensor) -> tf.Tensor:
 def factor_transpose_product(logits: tf.Tensor, vector: tf.Tensor) -> tf.Tensor:
     """Computes `Lᵀ v = √p (v − pᵀ v)`.
 
-    A constant added to `v` changes nothing, so the entry of the likeliest
-    class is made zero first, and is no part of the mean.
+    A constant added to `v` changes nothing, so the entry of the likeliest class
+    is first made zero and does not enter the mean.
 
     Args:
         logits: Tensor of shape `[..., K]`.

@@ -1,8 +1,8 @@
 """Special functions of Fisher matrices, without cancellation.
 
-The entries of many Fisher matrices are small differences of large terms. The
-functions here are those differences, computed so that no digits are lost;
-where that takes more than float32 they compute in float64 and round.
+The entries of many Fisher matrices are small differences of large terms. These
+functions compute such differences without losing digits; if float32 is not
+enough, they compute in float64 and round.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ def trigamma_excess(x: tf.Tensor) -> tf.Tensor:
     """Returns `h(x) = x² ψ₁(x) − x` for positive x.
 
     It falls from 1 at zero to ½ at infinity. The trigamma function is
-    `ψ₁ = (x + h) / x²`, and its differences, which the Fisher matrices of
-    gamma functions are made of, follow from those of h.
+    `ψ₁ = (x + h) / x²`, and differences of h give its differences, which occur
+    in Fisher matrices of gamma functions.
     """
-    # ψ₁(x) = Σ_{j<n} (x + j)⁻² + ψ₁(x + n) leads to where the series holds.
+    # ψ₁(x) = Σ_{j<n} (x + j)⁻² + ψ₁(x + n) leads to where the series is
+    # accurate.
     small = tf.minimum(x, tf.constant(float(_SHIFT), x.dtype))
     total = tf.math.reciprocal(small + _SHIFT) + _tail(small + _SHIFT)
     for j in range(_SHIFT - 1, 0, -1):
@@ -54,7 +55,7 @@ def student_information(df: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     That is `ν² F_νν` with `F_νν = ¼ [ψ₁(ν/2) − ψ₁((ν+1)/2)] −
     (ν+5) / (2ν(ν+1)(ν+3))` (Lange, Little & Taylor 1989), and the Schur
     complement `ν² F_νν − 2ν / ((ν+1)²(ν+3))` given the scale. Both fall as
-    `ν⁻²`, so that beyond 200 their series in 1/ν are summed.
+    `ν⁻²`; beyond 200 their series in 1/ν are summed.
     """
     nu = tf.cast(df, tf.float64)
     near = tf.minimum(nu, 200.0)
@@ -118,7 +119,7 @@ def sphere_ratios(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns `A/κ` and `A'` with `A = I_{d/2} / I_{d/2−1}` at `κ ≥ 0`.
 
-    They are the variances of a von Mises–Fisher vector in d dimensions across
+    They are the variances of a von Mises–Fisher vector in d dimensions, across
     and along its mean direction (Mardia & Jupp 2000), both `1/d` at zero. As
     `A' = 1 − A² − (d−1) A/κ` loses all digits for large κ, the solution
     `A = Σ a_n κ^{−n}` of this equation takes over there.
@@ -246,8 +247,9 @@ def zero_truncation(rate: tf.Tensor) -> tf.Tensor:
 def huber_masses(delta: float) -> tuple[float, float, float]:
     """Returns the parts of the Huber density, and its normaliser.
 
-    With `Z = √(2π) erf(δ/√2) + (2/δ) exp(−δ²/2)`, the first term over Z is
-    the probability `P` of at most δ, the second over Z that of more, `Q`.
+    With `Z = √(2π) erf(δ/√2) + (2/δ) exp(−δ²/2)`, the first term over Z is the
+    probability `P` of at most δ, the second term over Z is the probability `Q`
+    of more.
 
     Args:
         delta: δ, a positive number.

@@ -1,8 +1,8 @@
-"""Distributions that stand for Keras losses which are no log-likelihoods.
+"""Distributions that represent Keras losses that are not log-likelihoods.
 
 A surrogate is a known head for outputs that mean the same as those of the
-loss: probabilities, logits, margins or frames. Its Fisher takes the place of
-the curvature, the gradient stays that of the loss.
+loss: probabilities, logits, margins or frames. Its Fisher replaces the
+curvature of the loss; the gradient stays that of the loss.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from keras_natgrad.heads.loss_weight import LossWeight
 from keras_natgrad.heads.losses import resolve
 from keras_natgrad.heads.normal import Normal
 
-# From values of a loss to the weights with which it reduces them.
+# Function from the values of a loss to the weights of its reduction.
 Reduce = Callable[[tf.Tensor], tf.Tensor]
-# Head parameters and coefficients, of a loss, its outputs, targets, reduction.
+# Returns head parameters and coefficients; takes the loss, outputs, targets and
+# reduction.
 Parts = Callable[[Any, tf.Tensor, Any, Reduce], tuple[tf.Tensor, tf.Tensor]]
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A head in place of a loss, and what of the loss its parameters are.
+    """A head in place of a loss, and how its parameters follow from the loss.
 
     Attributes:
         loss: The `keras.losses.Loss`.
@@ -82,7 +83,7 @@ class Surrogate:
 def find_surrogate(
     loss: Any, outputs_shape: Sequence[int | None] | None = None
 ) -> Surrogate | None:
-    """Returns the surrogate of a Keras loss, or `None` where there is none.
+    """Returns the surrogate of a Keras loss, or `None`.
 
     Args:
         loss: A Keras loss, in any form that `from_loss()` takes.
@@ -148,14 +149,14 @@ def _categorical_focal(
 
 
 def _focal_weight(missed: tf.Tensor, gamma: float) -> tf.Tensor:
-    """Weight of the cross-entropy whose Fisher stands for the focal loss.
+    """Weight of the cross-entropy whose Fisher represents the focal loss.
 
     With q = 1 − p missed of the true class, the gradient of `−q^γ ln p` is that
     of the cross-entropy times `q^γ s`, `s = 1 − γ p ln p / q`, where the second
-    term comes from the factor itself. The weight is `q^γ s²`: near p = 1, where
-    the loss falls like `q^(γ+1)`, its Fisher then is the second derivative,
-    `(1 + γ)² q^(γ+1)`; the factor alone misses `(1 + γ)²`, and steps were too
-    long.
+    term comes from the factor itself. The weight is `q^γ s²`. Near p = 1, where
+    the loss falls like `q^(γ+1)`, its Fisher is then the second derivative,
+    `(1 + γ)² q^(γ+1)`. With the factor `q^γ` alone, `(1 + γ)²` is missing and
+    steps were too long.
     """
     q = tf.clip_by_value(missed, 0.0, 1.0)
     slope = 1.0 - gamma * tf.math.divide_no_nan(tf.math.xlog1py(1.0 - q, -q), q)
@@ -165,7 +166,7 @@ def _focal_weight(missed: tf.Tensor, gamma: float) -> tf.Tensor:
 def _overlap(
     loss: Any, outputs: tf.Tensor, targets: Any, reduce: Reduce
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Every probability by itself, each value of the loss shared evenly."""
+    """Each probability by itself; each value of the loss is shared evenly."""
     values = tf.reduce_mean(outputs, axis=loss.axis)
     kept = tf.reduce_mean(outputs, axis=loss.axis, keepdims=True)
     shared = tf.cast(tf.size(outputs) / tf.size(values), outputs.dtype)
@@ -183,7 +184,7 @@ def _classes(
 def _frames(
     loss: Any, outputs: tf.Tensor, targets: Any, reduce: Reduce
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """A path through the frames draws each one independently."""
+    """A path through the frames draws each frame independently."""
     weights = reduce(outputs[:, 0, 0])[:, tf.newaxis]
     return outputs, weights * tf.ones_like(outputs[..., 0])
 

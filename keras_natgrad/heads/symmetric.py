@@ -1,7 +1,7 @@
 """Symmetric distributions that TensorFlow Probability does not have.
 
-The module loads TensorFlow Probability: heads import it when they build a
-distribution, not before.
+The module loads TensorFlow Probability, so heads import it only when they build
+a distribution.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from keras_natgrad.heads.special import huber_masses
 class Symmetric(tfd.Distribution):
     """A location-scale family whose density is symmetric about its location.
 
-    A subclass gives the logarithm of the standard density, the probability of
-    its right tail with the inverse of that, and the variance. Draws are
+    A subclass provides the logarithm of the standard density, the probability
+    of its right tail and the inverse of that, and the variance. Draws are
     quantiles of uniform numbers.
 
     Args:
         loc: Tensor, the location.
         scale: Positive tensor, the scale.
-        **settings: Further arguments of the subclass, to be remembered.
+        **settings: Further arguments of the subclass, to be stored.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Symmetric(tfd.Distribution):
 
     @abc.abstractmethod
     def tail(self, size: tf.Tensor) -> tf.Tensor:
-        """Returns the probability of more than `size ≥ 0`, at most ½."""
+        """Returns the probability above `size ≥ 0`, which is at most ½."""
 
     @abc.abstractmethod
     def tail_quantile(self, probability: tf.Tensor) -> tf.Tensor:
@@ -97,7 +97,7 @@ class Symmetric(tfd.Distribution):
             )
             for each in seeds
         )
-        # In (0, ½]: the tail of probability zero is at infinity.
+        # In (0, ½]: a tail of probability zero is at infinity.
         size = self.tail_quantile(0.5 * (1.0 - uniform))
         return self.loc + self.scale * tf.where(sign < 0.5, -size, size)
 
@@ -154,7 +154,7 @@ class Huber(Symmetric):
     def _parameter_properties(
         cls, dtype: Any, num_classes: Any = None
     ) -> dict[str, Any]:
-        # δ is a Python number: no tensor, and of no shape.
+        # δ is a Python number, not a tensor, and has no shape.
         delta = tfp.util.ParameterProperties(
             specifies_shape=False, is_tensor=False
         )
@@ -167,7 +167,7 @@ class Huber(Symmetric):
         return -clipped * (size - 0.5 * clipped) - math.log(self.normaliser)
 
     def tail(self, size: tf.Tensor) -> tf.Tensor:
-        """Returns the mass of the exponential, and of the normal before it."""
+        """Returns the mass of the exponential and of the normal part."""
         beyond = tf.maximum(size - self.delta, 0.0)
         exponential = 0.5 * self.outside * tf.exp(-self.delta * beyond)
         root = math.sqrt(0.5)

@@ -1,4 +1,4 @@
-"""What targets the families of heads accept."""
+"""Which targets the families of heads accept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tensorflow as tf
 
 
 class TargetSupport(NamedTuple):
-    """What targets a family accepts.
+    """Which targets a family accepts.
 
     Attributes:
         description: Completes "The targets must be ...".
@@ -66,6 +66,6 @@ def clip_inside(draws: tf.Tensor, target_support: str) -> tf.Tensor:
     """
     dtype = draws.dtype.as_numpy_dtype
     low, high = (dtype(end) for end in TARGETS[target_support].ends)
-    # Next to zero the smallest number that processors do not flush to zero.
+    # Near zero, the smallest number that processors do not flush to zero.
     least = np.finfo(dtype).tiny if low == 0 else np.nextafter(low, high)
     return tf.clip_by_value(draws, least, np.nextafter(high, low))

@@ -8,7 +8,7 @@ def as_parameters(outputs: tf.Tensor) -> tf.Tensor:
     """Converts model outputs to the dtype that a head computes in.
 
     float64 stays float64; half-precision outputs are computed in float32.
-    Integers, e.g. of a list, get the float type of Keras.
+    Integers, e.g. in a list, get the float type of Keras.
 
     Args:
         outputs: Tensor or array of real numbers.
@@ -17,7 +17,7 @@ def as_parameters(outputs: tf.Tensor) -> tf.Tensor:
         `outputs` as a tensor of dtype float32 or float64.
 
     Raises:
-        ValueError: If the outputs are no real numbers.
+        ValueError: If the outputs are not real numbers.
     """
     outputs = tf.convert_to_tensor(outputs)
     if outputs.dtype.is_integer:
@@ -70,7 +70,7 @@ def match_targets(parameters: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 
     Args:
         parameters: Tensor of shape `[..., K]`.
-        targets: Tensor of shape `[..., K]`; `[...]` where `K` is one.
+        targets: Tensor of shape `[..., K]`, or `[...]` if `K` is one.
 
     Returns:
         The targets, with the shape and dtype of `parameters`.

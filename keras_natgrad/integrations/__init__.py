@@ -1,1 +1,1 @@
-"""Other tools. Nothing is imported here: each module needs its own tool."""
+"""Other tools. Nothing is imported here, as each module needs its tool."""

@@ -15,7 +15,7 @@ from official.modeling.optimization.configs import (
 from keras_natgrad.heads import Head
 from keras_natgrad.integrations.tf_keras import KFAC
 
-#: What the optimizer is called in configurations.
+#: Name of the optimizer in configurations.
 KEY = "kfac"
 
 
@@ -25,12 +25,12 @@ class KFACConfig(optimizer_config.BaseOptimizerConfig):
 
     Attributes:
         name: Name of the optimizer.
-        automatic: Whether the configured learning rate is a factor of the
-            automatic one. Defaults to `True`: a constant of 1 is K-FAC with
-            its defaults, and a schedule warms it up or lets it decay.
+        automatic: Whether the configured learning rate multiplies the automatic
+            one. Defaults to `True`: a constant 1 means K-FAC with its defaults,
+            and a schedule makes a warm-up or a decay.
         momentum: A float, or `None` for the automatic one.
-        damping: A float, or `None` for that of the first batch.
-        fisher: See `keras_natgrad.KFAC`, as for all that follow.
+        damping: A float, or `None` to set it from the first batch.
+        fisher: See `keras_natgrad.KFAC`, also for the following ones.
         factor_decay: Likewise.
         curvature_update_period: Likewise.
         inverse_update_period: Likewise.
@@ -62,7 +62,7 @@ class KFACConfig(optimizer_config.BaseOptimizerConfig):
 
 @dataclasses.dataclass
 class OptimizerConfig(optimization_config.OptimizerConfig):
-    """The garden's choice of optimizers, and `kfac`.
+    """The garden's optimizers, and `kfac`.
 
     Attributes:
         kfac: `KFACConfig`.
@@ -85,7 +85,7 @@ class OptimizationConfig(optimization_config.OptimizationConfig):
 
 
 def register() -> None:
-    """Makes `kfac` known to the garden's optimizer factory.
+    """Registers `kfac` with the garden's optimizer factory.
 
     Calling it again is harmless.
     """
@@ -98,7 +98,7 @@ def register() -> None:
 
 
 def _build(**config: Any) -> KFAC:
-    """Returns the optimizer of a `KFACConfig`; `None` is the default."""
+    """Returns the optimizer of a `KFACConfig`; `None` means the default."""
     unknown = {"gradient_aggregator", "gradient_transformers"} & set(config)
     if any(config[name] for name in unknown):
         raise ValueError(
@@ -117,18 +117,18 @@ def _build(**config: Any) -> KFAC:
 class KFACTask:
     """Mixin for a garden `Task` that attaches K-FAC to its model.
 
-    Everything else is the task's own: its `train_step`, its losses, its
-    metrics. With another optimizer in the configuration the mixin does
-    nothing. An example is in docs/model_garden.md.
+    The task keeps its own `train_step`, losses and metrics. With another
+    optimizer in the configuration the mixin does nothing. An example is in
+    docs/model_garden.md.
     """
 
-    #: Layers that are not to be captured, see `KFAC.attach`.
+    #: Layers that are not captured; see `KFAC.attach`.
     excluded_layers: Sequence[Any] = ()
 
     def build_head(self) -> Head | Any:
         """Returns the head whose mean `−log p` is the task's loss.
 
-        A list or dictionary of heads where the model has several outputs.
+        It is a list or dictionary of heads if the model has several outputs.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must say what distribution the outputs of "

@@ -1,4 +1,4 @@
-"""Keras layers that train other weights than they compute with."""
+"""Keras layers that train different weights from those they compute with."""
 
 from keras_natgrad.layers.conversion import canonical, whitened
 from keras_natgrad.layers.whitened_conv import (

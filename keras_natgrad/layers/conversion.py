@@ -1,4 +1,4 @@
-"""Models with whitened layers, and back."""
+"""Converts models to whitened layers, and back."""
 
 from __future__ import annotations
 
@@ -73,14 +73,13 @@ def whitened(
 
 
 def canonical(model: keras.Model) -> keras.Model:
-    """Returns a copy of a model with Keras's layers for whitened ones.
+    """Returns a copy of a model with plain layers for whitened ones.
 
     Args:
         model: A built sequential or functional model.
 
     Returns:
-        A new model, not compiled, that computes the same and is made of
-        Keras's own layers.
+        A new model, not compiled, that computes the same with layers of Keras.
 
     Raises:
         ValueError: If the model cannot be copied.
@@ -107,8 +106,8 @@ def _copy(
         kinds = (keras.Sequential, keras.Function)
         if not isinstance(each, kinds) or not each.built:
             raise ValueError(
-                "Only built sequential and functional models can be copied; "
-                "write whitened layers into others. Received: "
+                "Only built sequential and functional models can be copied; in "
+                "others, use whitened layers directly. Received: "
                 f"model={each.name!r} of type {type(each).__name__}, "
                 f"built={each.built}"
             )

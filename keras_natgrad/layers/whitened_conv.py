@@ -16,7 +16,7 @@ from keras_natgrad.linalg import Rows
 
 
 class _WhitenedConv(WhitenedLayer):
-    """The map of a whitened convolution, as one convolution with W."""
+    """A whitened convolution, computed as one convolution with W."""
 
     @override
     def rows(self, inputs: Any) -> Rows:
@@ -49,7 +49,7 @@ class _WhitenedConv(WhitenedLayer):
         return self.activation(outputs)
 
     def _causal(self, inputs: Any) -> Any:
-        """Returns inputs `[batch, steps, channels]` with zeros before."""
+        """Returns inputs `[batch, steps, channels]` with zeros in front."""
         before = self.dilation_rate[0] * (self.kernel_size[0] - 1)
         axis = 1 if self.data_format == "channels_last" else 2
         widths = [(0, 0), (0, 0), (0, 0)]
@@ -66,8 +66,8 @@ class WhitenedConv1D(_WhitenedConv, keras.layers.Conv1D):
     Args:
         filters: Number of outputs.
         kernel_size: Length of the window.
-        **kwargs: As of `keras.layers.Conv1D`, without groups, regularizers
-            and constraints of the weights, LoRA and quantisation.
+        **kwargs: Arguments of `keras.layers.Conv1D`, except groups,
+            regularizers and constraints of the weights, LoRA and quantisation.
 
     Raises:
         ValueError: If one of these is given.
@@ -75,40 +75,37 @@ class WhitenedConv1D(_WhitenedConv, keras.layers.Conv1D):
 
     plain_class = keras.layers.Conv1D
 
-    def __init__(self, filters: int, kernel_size: Any, **kwargs: Any) -> None:
-        super().__init__(filters, kernel_size, **kwargs)
-
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class WhitenedConv2D(_WhitenedConv, keras.layers.Conv2D):
     r"""A `Conv2D` layer `a = (h − μ) M V + d` that trains V and d.
 
-    h is a patch: the n inputs of one position, kernel offsets × channels, and
-    with them the zeros of the padding. The matrix M and the mean μ of all
-    patches are not trained; they start as I and 0, where the layer is a plain
-    `Conv2D`, and are set by `keras_natgrad.callbacks.Whiten` so that
-    `(h − μ) M` is white over examples and positions. What the layer computes
-    does not change with them: its canonical weights are
+    h is a patch: the n inputs of one position, kernel offsets × channels,
+    including the zeros of the padding. The matrix M and the mean μ of all
+    patches are not trained. They start as I and 0, so the layer starts as a
+    plain `Conv2D`; `keras_natgrad.callbacks.Whiten` sets them so that
+    `(h − μ) M` is white over examples and positions. The layer still computes
+    the same function, with the canonical weights
 
         W = M V,   b = d − μᵀ W.
 
-    The layer is one convolution with W and b, at the borders too, so that
-    neither patches nor white patches are formed: a forward pass costs `n² m`
-    more than a plain one, with m filters, whatever the number of positions, a
-    backward pass the same; memory `n² + n`.
+    The layer is one convolution with W and b, at the borders too, so neither
+    patches nor white patches are formed. With m filters, a forward pass costs
+    `n² m` more than a plain one for any number of positions, and so does a
+    backward pass; memory `n² + n`.
 
     Gradient descent on (V, d) is natural gradient descent on (W, b) with the
-    Fisher `E[h̄h̄ᵀ] ⊗ I`; `keras_natgrad.PRONG` makes the same step without
-    another layer.
+    Fisher `E[h̄h̄ᵀ] ⊗ I`; `keras_natgrad.PRONG` makes the same step with plain
+    layers.
 
-    A saved file holds the canonical weights as `kernel` and `bias`, beside
-    what training continues from.
+    A saved file holds the canonical weights as `kernel` and `bias`, and the
+    state from which training continues.
 
     Args:
         filters: Number of outputs m.
         kernel_size: Sides of the window.
-        **kwargs: As of `keras.layers.Conv2D`, without groups, regularizers
-            and constraints of the weights, LoRA and quantisation.
+        **kwargs: Arguments of `keras.layers.Conv2D`, except groups,
+            regularizers and constraints of the weights, LoRA and quantisation.
 
     Raises:
         ValueError: If one of these is given.
@@ -135,9 +132,6 @@ class WhitenedConv2D(_WhitenedConv, keras.layers.Conv2D):
 
     plain_class = keras.layers.Conv2D
 
-    def __init__(self, filters: int, kernel_size: Any, **kwargs: Any) -> None:
-        super().__init__(filters, kernel_size, **kwargs)
-
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 class WhitenedConv3D(_WhitenedConv, keras.layers.Conv3D):
@@ -148,17 +142,14 @@ class WhitenedConv3D(_WhitenedConv, keras.layers.Conv3D):
     Args:
         filters: Number of outputs.
         kernel_size: Sides of the window.
-        **kwargs: As of `keras.layers.Conv3D`, without groups, regularizers
-            and constraints of the weights, LoRA and quantisation.
+        **kwargs: Arguments of `keras.layers.Conv3D`, except groups,
+            regularizers and constraints of the weights, LoRA and quantisation.
 
     Raises:
         ValueError: If one of these is given.
     """
 
     plain_class = keras.layers.Conv3D
-
-    def __init__(self, filters: int, kernel_size: Any, **kwargs: Any) -> None:
-        super().__init__(filters, kernel_size, **kwargs)
 
 
 @register_layer(WhitenedConv1D)

@@ -17,25 +17,25 @@ from keras_natgrad.layers.whitened_layer import WhitenedLayer
 class WhitenedDense(WhitenedLayer, keras.layers.Dense):
     r"""A `Dense` layer `a = (h − μ) M V + d` that trains V and d.
 
-    The matrix M and the mean μ of the inputs are not trained; they start as I
-    and 0, where the layer is a plain `Dense`, and are set by
-    `keras_natgrad.callbacks.Whiten` so that `(h − μ) M` is white. What the
-    layer computes does not change with them: its canonical weights are
+    The matrix M and the mean μ of the inputs are not trained. They start as I
+    and 0, so the layer starts as a plain `Dense`;
+    `keras_natgrad.callbacks.Whiten` sets them so that `(h − μ) M` is white. The
+    layer still computes the same function, with the canonical weights
 
         W = M V,   b = d − μᵀ W.
 
     Gradient descent on (V, d) is natural gradient descent on (W, b) with the
-    Fisher `E[h̄h̄ᵀ] ⊗ I`; see `keras_natgrad.PRONG` for the same step without
-    another layer. A forward pass costs `N n²` more, memory `n² + n`.
+    Fisher `E[h̄h̄ᵀ] ⊗ I`; see `keras_natgrad.PRONG` for the same step with
+    plain layers. A forward pass costs `N n²` more, memory `n² + n`.
 
-    A saved file holds the canonical weights as `kernel` and `bias`, beside
-    what training continues from.
+    A saved file holds the canonical weights as `kernel` and `bias`, and the
+    state from which training continues.
 
     Args:
         units: Number of outputs.
-        **kwargs: As of `keras.layers.Dense`, without regularizers and
-            constraints of the weights, which would act on V and d, and
-            without LoRA and quantisation.
+        **kwargs: Arguments of `keras.layers.Dense`, except LoRA, quantisation,
+            and regularizers and constraints of the weights, which would act on
+            V and d.
 
     Raises:
         ValueError: If one of these is given.

@@ -1,4 +1,4 @@
-"""What layers with the weights of whitened inputs share (PRONG)."""
+"""The base of layers with the weights of whitened inputs (PRONG)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _PENALTIES = ("regularizer", "constraint")
 class WhitenedLayer(keras.layers.Layer, abc.ABC):
     r"""A layer `a = (h − μ) M V + d` that trains V and d.
 
-    It comes before a Keras layer `a = h W + b` among the bases of a class, and
-    gives it M, `[n, n]`, and μ, `[n]`, for the n rows of its kernel, all axes
-    of which but the last are merged. The variables `kernel` and `bias` are V
-    and d; the canonical weights are
+    Among the bases of a class it comes before a Keras layer `a = h W + b`, and
+    adds M, `[n, n]`, and μ, `[n]`, for the n rows of its kernel, with all axes
+    but the last merged. The variables `kernel` and `bias` are V and d; the
+    canonical weights are
 
         W = M V,   b = d − μᵀ W.
 
     Attributes:
-        plain_class: The Keras layer that it is a form of.
+        plain_class: The Keras layer that it replaces.
     """
 
     plain_class: type[keras.layers.Layer]
@@ -80,7 +80,7 @@ class WhitenedLayer(keras.layers.Layer, abc.ABC):
     # -- Canonical weights -------------------------------------------------
 
     def canonical_weights(self) -> list[np.ndarray]:
-        """Returns (W[, b]) of the plain layer that this one is."""
+        """Returns (W[, b]) of the equivalent plain layer."""
         kernel = float64(self.whitening) @ matrix_of(self.kernel)
         arrays = [kernel.reshape(self.kernel.shape)]
         if self.bias is not None:
@@ -88,7 +88,7 @@ class WhitenedLayer(keras.layers.Layer, abc.ABC):
         return [array.astype(_numpy_dtype(self.kernel)) for array in arrays]
 
     def set_canonical_weights(self, weights: list[np.ndarray]) -> None:
-        """Becomes the plain layer with the weights (W[, b])."""
+        """Makes the layer equivalent to the plain one with weights (W[, b])."""
         features = int(self.centre.shape[0])
         self.whitening.assign(np.eye(features))
         self.centre.assign(np.zeros(features))
@@ -98,18 +98,18 @@ class WhitenedLayer(keras.layers.Layer, abc.ABC):
 
     @classmethod
     def from_plain(cls, layer: keras.layers.Layer) -> Self:
-        """Returns an unbuilt layer with the settings of a plain one.
+        """Returns an unbuilt layer with the settings of a plain layer.
 
         Args:
             layer: A Keras layer of the class `plain_class`.
 
         Raises:
-            ValueError: If it is another layer, or has what this one cannot.
+            ValueError: If it is another layer, or has unsupported settings.
         """
         if type(layer) is not cls.plain_class:
             raise ValueError(
-                f"`{cls.__name__}` stands for keras.layers."
-                f"{cls.plain_class.__name__} only. Received: layer "
+                f"`{cls.__name__}` can only replace keras.layers."
+                f"{cls.plain_class.__name__}. Received: layer "
                 f"{layer.name!r} of type {type(layer).__name__}"
             )
         check_plain(layer, cls.__name__)
@@ -161,7 +161,7 @@ def check_plain(layer: keras.layers.Layer, name: str) -> None:
 
     Args:
         layer: A layer with a kernel and perhaps a bias.
-        name: Name of the class that it is to become.
+        name: Name of the class to convert it to.
     """
     found = [
         f"{part}_{penalty}"
@@ -176,14 +176,14 @@ def check_plain(layer: keras.layers.Layer, name: str) -> None:
     ]
     if found:
         raise ValueError(
-            f"`{name}` trains other weights than the layer computes "
+            f"`{name}` trains different weights from those it computes "
             f"with, and cannot have {', '.join(found)}. "
             f"Received: layer={layer.name!r}"
         )
     if getattr(layer, "groups", 1) != 1:
         raise ValueError(
             f"`{name}` has one matrix for all channels of its inputs, and "
-            "cannot have groups of them. Received: "
+            "cannot have groups. Received: "
             f"groups={layer.groups}, layer={layer.name!r}"
         )
 

@@ -1,4 +1,4 @@
-"""Whitens layers anew without a change of what they compute."""
+"""Whitens layers again without changing what they compute."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from keras_natgrad.linalg import Patches, Rows, StructuredRows, homogeneous
 class InputMoments(NamedTuple):
     """Mean and covariance of the inputs of a layer's linear map, in float64.
 
-    n counts the rows of the layer's kernel, all axes but the last merged.
+    n is the number of rows of the layer's kernel, all axes but the last merged.
 
     Attributes:
         mean: `[n]`; zeros for a layer without a bias.
@@ -93,7 +93,7 @@ def input_moments(
 
 
 class _Sums:
-    """Sums over a layer's inputs, about their first mean."""
+    """Sums of a layer's inputs, about the mean of the first ones."""
 
     def __init__(self, layer: WhitenedLayer) -> None:
         self._layer = layer
@@ -101,7 +101,7 @@ class _Sums:
         self._moment: Any = 0.0
 
     def add(self, inputs: Any) -> None:
-        """Takes the inputs of one use of the layer."""
+        """Adds the inputs of one use of the layer."""
         rows = self._layer.rows(tf.cast(inputs, tf.float64))
         if self._layer.bias is not None:
             if self._shift is None:
@@ -110,7 +110,7 @@ class _Sums:
         self._moment = self._moment + _second_moment(rows).numpy()
 
     def moments(self) -> InputMoments:
-        """Returns mean and covariance of all that was added."""
+        """Returns mean and covariance of all added inputs."""
         applied = np.ndim(self._moment) > 0
         if not applied or not np.all(np.isfinite(self._moment)):
             reason = "has inputs" if applied else "is never applied"
@@ -128,14 +128,14 @@ class _Sums:
 
 
 def _mean(rows: Rows) -> np.ndarray:
-    """Returns the mean of rows, of patches that of each channel."""
+    """Returns the mean of rows, or of each channel of patches."""
     values: Any = rows.images if isinstance(rows, Patches) else rows
     axes = list(range(values.shape.rank - 1))
     return tf.reduce_mean(values, axis=axes).numpy()
 
 
 def _shifted(rows: Rows, shift: np.ndarray) -> Rows:
-    """Returns rows minus a mean, the zeros of the padding too."""
+    """Returns rows minus a mean, also subtracted from padding zeros."""
     if isinstance(rows, Patches):
         return Patches(rows.images - shift, rows.window)
     return rows - shift
@@ -163,15 +163,15 @@ def rewhiten(
 
         V ← M⁻¹ W,   d ← b + μᵀ W.
 
-    A velocity is mapped as the weights are, because it is a difference of
-    weights. M is rounded first and V solved for it in float64, so that what
-    the layer computes changes by the rounding of V and d alone.
+    A velocity is a difference of weights and is mapped like them. M is rounded
+    first, and V is then solved for in float64, so that the layer's outputs
+    change only by the rounding of V and d.
 
     Args:
         layer: A built layer of whitened inputs.
         moments: `InputMoments` of its inputs or patches.
         damping: ε, non-negative.
-        relative_damping: Whether ε counts in mean eigenvalues of Σ.
+        relative_damping: Whether ε is in units of the mean eigenvalue of Σ.
         velocities: Optimizer variables with the last step of V and of d.
 
     Raises:
@@ -186,7 +186,7 @@ def rewhiten(
             "The covariance of a layer's inputs is singular; give Whiten a "
             f"larger damping. Received: layer {layer.name!r}, damping={damping}"
         )
-    # The sign of an eigenvector is arbitrary, and would be that of V.
+    # The sign of an eigenvector is arbitrary and would carry over to V.
     largest = np.argmax(np.abs(vectors), axis=0)
     vectors = vectors * np.sign(vectors[largest, np.arange(len(values))])
     old = float64(layer.whitening), float64(layer.centre)

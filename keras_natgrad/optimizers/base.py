@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_natgrad import _compat, replicas
 from keras_natgrad.capture import CurvatureTape, Plan
 from keras_natgrad.capture.eligibility import check_batched, check_reached
+from keras_natgrad.checks import check_positive
 from keras_natgrad.optimizers.attachment import (
     Attachment,
     check_same_model,
@@ -28,7 +29,6 @@ from keras_natgrad.optimizers.settings import Settings
 from keras_natgrad.optimizers.summary import render
 from keras_natgrad.optimizers.variables import aligned_gradients, state_factory
 from keras_natgrad.step import Damping, StepState
-from keras_natgrad.step.checks import check_positive
 from keras_natgrad.training import install, install_hook
 from keras_natgrad.training.loss_heads import LossHead
 

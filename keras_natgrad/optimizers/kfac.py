@@ -7,6 +7,11 @@ from typing import Any
 
 import keras
 
+from keras_natgrad.checks import (
+    check_fraction,
+    check_positive,
+    check_seed,
+)
 from keras_natgrad.curvature import (
     FISHER_KINDS,
     BlockCurvature,
@@ -34,11 +39,6 @@ from keras_natgrad.step import (
     get_learning_rate,
     get_momentum,
     get_quadratic_model,
-)
-from keras_natgrad.step.checks import (
-    check_fraction,
-    check_positive,
-    check_seed,
 )
 
 

@@ -10,6 +10,11 @@ import keras
 import tensorflow as tf
 
 from keras_natgrad import _compat
+from keras_natgrad.checks import (
+    check_integer,
+    check_positive,
+    check_seed,
+)
 from keras_natgrad.curvature import WholeNetwork, WholeNetworkOptions
 from keras_natgrad.curvature.root_columns import COLUMN_KINDS
 from keras_natgrad.optimizers.base import CurvatureOptimizer
@@ -31,11 +36,6 @@ from keras_natgrad.step import (
     get_damping,
     get_learning_rate,
     get_momentum,
-)
-from keras_natgrad.step.checks import (
-    check_integer,
-    check_positive,
-    check_seed,
 )
 
 # Exact solutions ask for a quadratic model that follows every step.

@@ -10,6 +10,7 @@ import keras
 from typing_extensions import override
 
 from keras_natgrad.capture import CurvatureTape
+from keras_natgrad.checks import check_fraction
 from keras_natgrad.curvature import (
     BlockCurvature,
     BlockDiagonal,
@@ -31,7 +32,6 @@ from keras_natgrad.step import (
     Refresh,
     get_damping,
 )
-from keras_natgrad.step.checks import check_fraction
 from keras_natgrad.training.loss_heads import LossHead
 
 

@@ -8,6 +8,12 @@ from typing import Any
 import keras
 from typing_extensions import override
 
+from keras_natgrad.checks import (
+    check_fraction,
+    check_period,
+    check_positive,
+    is_number,
+)
 from keras_natgrad.curvature import BlockDiagonal
 from keras_natgrad.optimizers.base import CurvatureOptimizer
 from keras_natgrad.optimizers.engine import Parts
@@ -22,12 +28,6 @@ from keras_natgrad.relative import (
     ResponseOptions,
 )
 from keras_natgrad.step import ConstantDamping, FixedStep, Refresh
-from keras_natgrad.step.checks import (
-    check_fraction,
-    check_period,
-    check_positive,
-    is_number,
-)
 
 # Damping of `"auto"` where a layer is measured by a response further on.
 _FAR_DAMPING = 1e-2

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
+from keras_natgrad.checks import check_integer
 from keras_natgrad.solvers.root import (
     Direction,
     FisherRoot,
@@ -26,27 +27,27 @@ from keras_natgrad.solvers.root import (
 #: The preconditioners, by the name of their blocks.
 PRECONDITIONERS = ("none", "diagonal", "kronecker")
 
-Preconditioner = Callable[[Direction], list[tf.Tensor]]
+LinearMap = Callable[[Direction], list[tf.Tensor]]
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 @dataclass(frozen=True)
 class ConjugateGradient(Solver):
-    r"""Solves by conjugate gradients with products `F v = A (Aᵀ v)`.
+    r"""Solves by conjugate gradients with products `F v = R (Rᵀ v)`.
 
     A product costs one forward and one backward tangent pass; no matrix is
     formed. The iteration starts at `warm_start` times the previous solution
     and stops at iteration i when the quadratic `q(x) = ½xᵀ(F + λI)x − bᵀx` has
     fallen by less than `tolerance` per iteration over the last
-    `k = max(10, i/10)` of them (Martens 2010, section 4.4),
+    `k = max(10, i/10)` iterations (Martens 2010, section 4.4),
 
         i > k,   q_i < 0,   (q_i − q_{i−k}) / q_i < k · tolerance.
 
-    A product that is not finite, or a curvature that is not positive, ends
-    it at the last good iterate; the former counts as a failure.
+    If a product is not finite, or a curvature is not positive, the iteration
+    ends at the last good x. A product that is not finite counts as a failure.
 
     Args:
-        max_iterations: Most products per step.
+        max_iterations: Maximal number of products per step.
         tolerance: See above; 0 runs to `max_iterations`, or to a residual of
             zero.
         warm_start: Share of the previous solution to start from, in [0, 1].
@@ -68,12 +69,8 @@ class ConjugateGradient(Solver):
     kind = "cg"
 
     def __post_init__(self) -> None:
-        count = self.max_iterations
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(
-                "`max_iterations` must be a positive integer. "
-                f"Received: max_iterations={count!r}"
-            )
+        count = check_integer("max_iterations", self.max_iterations)
+        object.__setattr__(self, "max_iterations", count)
         if not self.tolerance >= 0:
             raise ValueError(
                 "`tolerance` must be non-negative. "
@@ -93,116 +90,117 @@ class ConjugateGradient(Solver):
     @override
     def solve(
         self,
-        factor: FisherRoot,
+        root: FisherRoot,
         system: System,
         exact: bool = False,
         start: Direction | None = None,
-        preconditioner: Preconditioner | None = None,
+        preconditioner: LinearMap | None = None,
     ) -> Solution:
-        right = factor.product(system.target(factor))
+        b = root.product(system.target(root))
         if system.remainder is not None:
-            right = add(right, system.remainder)
+            b = add(b, system.remainder)
 
-        def curvature(direction: Direction) -> list[tf.Tensor]:
-            product = factor.fisher_product(direction)
-            return add(product, scale(system.damping, direction))
+        def product(v: Direction) -> list[tf.Tensor]:
+            return add(root.fisher_product(v), scale(system.damping, v))
 
         if start is None:
-            start = [tf.zeros_like(part) for part in right]
+            x = [tf.zeros_like(part) for part in b]
         else:
-            start = scale(self.warm_start, start)
-        solution, iterations, broken = self._iterate(
-            curvature, right, start, preconditioner or list
-        )
+            x = scale(self.warm_start, start)
+        equation = _Equation(product, b, preconditioner or list)
+        found = self._iterate(equation, x)
         return Solution(
-            system.shifted(solution),
+            system.shifted(found.x),
             tf.constant(0, tf.int32),
-            tf.cast(broken, tf.int32),
-            iterations,
+            tf.cast(found.broken, tf.int32),
+            found.i,
         )
 
-    def _iterate(
-        self,
-        curvature: Preconditioner,
-        right: Direction,
-        start: Direction,
-        preconditioner: Preconditioner,
-    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        residual = [b - c for b, c in zip(right, curvature(start), strict=True)]
-        solved = preconditioner(residual)
-        slope = inner(residual, solved)
-        history = tf.zeros([self.max_iterations + 1], slope.dtype)
-        # A residual this small is rounding; in a singular system it would be
-        # blown up by further iterations.
-        unit = 8 * np.finfo(slope.dtype.as_numpy_dtype).eps
-        least = unit**2 * inner(right, preconditioner(right))
-        state = _Iterate(
-            tf.constant(0, tf.int32),
-            tf.constant(False),
-            list(start),
-            residual,
-            solved,
-            slope,
-            _record(history, 0, _quadratic(start, residual, right)),
-            slope > least,
-        )
+    def _iterate(self, equation: _Equation, x: list[tf.Tensor]) -> _State:
+        """Runs preconditioned conjugate gradients from x."""
+        start = self._start(equation, x)
 
-        def body(*flat: tf.Tensor) -> list[tf.Tensor]:
-            now = tf.nest.pack_sequence_as(state, list(flat))
-            product = curvature(now.search)
-            bend = inner(now.search, product)
-            good = tf.math.is_finite(bend) & (bend > 0)
-            rate = tf.math.divide_no_nan(now.slope, tf.where(good, bend, 1))
-            rate = tf.where(good, rate, 0)
-            safe = [tf.where(good, p, tf.zeros_like(p)) for p in product]
-            x = add(now.solution, scale(rate, now.search))
-            r = add(now.residual, scale(-rate, safe))
-            z = preconditioner(r)
-            slope = inner(r, z)
-            turn = tf.math.divide_no_nan(slope, now.slope)
-            count = now.count + tf.cast(good, tf.int32)
-            value = _quadratic(x, r, right)
-            # Beyond rounding the quadratic rises in a singular system only,
-            # once there is no more to gain.
-            last = now.history[now.count]
-            fell = value <= last + rounding_of(value.dtype) * tf.abs(last)
-            x = [
-                tf.where(fell, new, old)
-                for new, old in zip(x, now.solution, strict=True)
-            ]
-            history = _record(now.history, count, value)
-            finite = tf.math.is_finite(bend) & tf.math.is_finite(slope)
-            going = good & fell & (slope > least)
-            going &= ~self._converged(count, history)
-            return tf.nest.flatten(
-                _Iterate(
-                    count,
-                    ~finite,
-                    x,
-                    r,
-                    add(z, scale(turn, now.search)),
-                    slope,
-                    history,
-                    going,
-                )
-            )
+        def unpack(*flat: tf.Tensor) -> _State:
+            return tf.nest.pack_sequence_as(start, list(flat))
+
+        def advance(*flat: tf.Tensor) -> list[tf.Tensor]:
+            return tf.nest.flatten(self._advance(equation, unpack(*flat)))
 
         final = tf.while_loop(
-            lambda *flat: tf.nest.pack_sequence_as(state, list(flat)).going,
-            body,
-            tf.nest.flatten(state),
+            lambda *flat: unpack(*flat).going,
+            advance,
+            tf.nest.flatten(start),
             maximum_iterations=self.max_iterations,
         )
-        found = tf.nest.pack_sequence_as(state, final)
-        return found.solution, found.count, found.broken
+        return unpack(*final)
 
-    def _converged(self, count: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
-        back = tf.maximum(10, count // 10)
-        now = history[count]
-        before = history[tf.maximum(count - back, 0)]
+    def _start(self, equation: _Equation, x: list[tf.Tensor]) -> _State:
+        b, product = equation.b, equation.product(x)
+        r = [left - right for left, right in zip(b, product, strict=True)]
+        z = equation.preconditioner(r)
+        gamma = inner(r, z)
+        values = tf.zeros([self.max_iterations + 1], gamma.dtype)
+        # A residual this small is rounding, which further iterations would
+        # blow up in a singular system.
+        unit = 8 * np.finfo(gamma.dtype.as_numpy_dtype).eps
+        least = unit**2 * inner(b, equation.preconditioner(b))
+        return _State(
+            i=tf.constant(0, tf.int32),
+            broken=tf.constant(False),
+            x=x,
+            r=r,
+            p=z,
+            gamma=gamma,
+            least=least,
+            values=_record(values, 0, _quadratic(x, r, b)),
+            going=gamma > least,
+        )
+
+    def _advance(self, equation: _Equation, state: _State) -> _State:
+        product = equation.product(state.p)
+        curvature = inner(state.p, product)
+        good = tf.math.is_finite(curvature) & (curvature > 0)
+        alpha = tf.math.divide_no_nan(state.gamma, tf.where(good, curvature, 1))
+        alpha = tf.where(good, alpha, 0)
+        product = [
+            tf.where(good, part, tf.zeros_like(part)) for part in product
+        ]
+        x = add(state.x, scale(alpha, state.p))
+        r = add(state.r, scale(-alpha, product))
+        z = equation.preconditioner(r)
+        gamma = inner(r, z)
+        beta = tf.math.divide_no_nan(gamma, state.gamma)
+        i = state.i + tf.cast(good, tf.int32)
+        value = _quadratic(x, r, equation.b)
+        # The quadratic rises beyond rounding only in a singular system, once
+        # there is nothing left to gain.
+        last = state.values[state.i]
+        fell = value <= last + rounding_of(value.dtype) * tf.abs(last)
+        values = _record(state.values, i, value)
+        finite = tf.math.is_finite(curvature) & tf.math.is_finite(gamma)
+        going = good & fell & (gamma > state.least)
+        return _State(
+            i=i,
+            broken=~finite,
+            x=[
+                tf.where(fell, new, old)
+                for new, old in zip(x, state.x, strict=True)
+            ],
+            r=r,
+            p=add(z, scale(beta, state.p)),
+            gamma=gamma,
+            least=state.least,
+            values=values,
+            going=going & ~self._converged(i, values),
+        )
+
+    def _converged(self, i: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+        k = tf.maximum(10, i // 10)
+        now = values[i]
+        before = values[tf.maximum(i - k, 0)]
         gain = tf.math.divide_no_nan(now - before, now)
-        least = tf.cast(back, now.dtype) * tf.cast(self.tolerance, now.dtype)
-        return (count > back) & (now < 0) & (gain < least)
+        least = tf.cast(k, now.dtype) * tf.cast(self.tolerance, now.dtype)
+        return (i > k) & (now < 0) & (gain < least)
 
     @override
     def memory(self, size: int, columns: int) -> int:
@@ -216,28 +214,53 @@ class ConjugateGradient(Solver):
         return f"{text}, {self.preconditioner} preconditioner"
 
 
-class _Iterate(NamedTuple):
-    """State of the iteration."""
+class _Equation(NamedTuple):
+    """`C x = b` with `C = F + λI`.
 
-    count: tf.Tensor
+    Attributes:
+        product: Maps v to `C v`.
+        b: The right-hand side.
+        preconditioner: Maps r to z, an approximation of `C⁻¹ r`.
+    """
+
+    product: LinearMap
+    b: list[tf.Tensor]
+    preconditioner: LinearMap
+
+
+class _State(NamedTuple):
+    """State of the iteration.
+
+    Attributes:
+        i: Number of iterations that were made.
+        broken: Whether a product was not finite.
+        x: The solution so far.
+        r: The residual `b − C x`.
+        p: The search direction.
+        gamma: `rᵀ z` with the preconditioned residual z.
+        least: `gamma` of a residual that is only rounding.
+        values: `q(x)` after every iteration.
+        going: Whether to go on.
+    """
+
+    i: tf.Tensor
     broken: tf.Tensor
-    solution: list[tf.Tensor]
-    residual: list[tf.Tensor]
-    search: list[tf.Tensor]
-    slope: tf.Tensor
-    history: tf.Tensor
+    x: list[tf.Tensor]
+    r: list[tf.Tensor]
+    p: list[tf.Tensor]
+    gamma: tf.Tensor
+    least: tf.Tensor
+    values: tf.Tensor
     going: tf.Tensor
 
 
-def _quadratic(
-    x: Direction, residual: Direction, right: Direction
-) -> tf.Tensor:
+def _quadratic(x: Direction, r: Direction, b: Direction) -> tf.Tensor:
     """Returns `½xᵀCx − bᵀx`, which is `−½ xᵀ(b + r)` as `r = b − Cx`."""
-    return -0.5 * (inner(x, right) + inner(x, residual))
+    return -0.5 * (inner(x, b) + inner(x, r))
 
 
 def _record(
-    history: tf.Tensor, index: tf.Tensor | int, value: tf.Tensor
+    values: tf.Tensor, index: tf.Tensor | int, value: tf.Tensor
 ) -> tf.Tensor:
-    here = tf.equal(tf.range(tf.size(history)), index)
-    return tf.where(here, value, history)
+    here = tf.equal(tf.range(tf.size(values)), index)
+    return tf.where(here, value, values)

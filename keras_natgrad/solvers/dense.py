@@ -22,10 +22,10 @@ from keras_natgrad.solvers.root import (
 class Dense(Solver):
     """Solves with the P × P Fisher, for fewer parameters than columns.
 
-    `φ = s + (A Aᵀ + λI)⁻¹ (A (u − Aᵀs) + r)` by Cholesky, or with the
-    Moore–Penrose inverse by an eigendecomposition where λ is zero.
+    `φ = s + (R Rᵀ + λI)⁻¹ (R (u − Rᵀs) + r)` by Cholesky, or with the
+    Moore–Penrose inverse by an eigendecomposition if λ is zero.
 
-    Cost: `P M` for A, `P² M` for F and `P³/3`; `P² + P M` memory.
+    Cost: `P M` for R, `P² M` for F and `P³/3`; `P² + P M` memory.
 
     Args:
         cutoff: Relative eigenvalue cutoff of the pseudo-inverse, or `None`
@@ -37,17 +37,17 @@ class Dense(Solver):
 
     @override
     def solve(
-        self, factor: FisherRoot, system: System, exact: bool = False
+        self, root: FisherRoot, system: System, exact: bool = False
     ) -> Solution:
-        matrix = factor.matrix()
+        matrix = root.matrix()
         fisher = tf.matmul(matrix, matrix, transpose_b=True)
         residual = system.residual
         if system.shift is not None:
-            shift = factor.flatten(system.shift)
+            shift = root.flatten(system.shift)
             residual -= tf.linalg.matvec(matrix, shift, transpose_a=True)
         right = tf.linalg.matvec(matrix, residual)
         if system.remainder is not None:
-            right += factor.flatten(system.remainder)
+            right += root.flatten(system.remainder)
         if exact:
             solution = pseudo_inverse_solve(fisher, right, self.cutoff)
             retries, succeeded = tf.constant(0, tf.int32), tf.constant(True)
@@ -56,7 +56,7 @@ class Dense(Solver):
             solution = solved.solution[:, 0]
             retries, succeeded = solved.retries, solved.succeeded
         return Solution(
-            system.shifted(factor.unflatten(solution)),
+            system.shifted(root.unflatten(solution)),
             retries,
             tf.cast(~succeeded, tf.int32),
             tf.constant(0, tf.int32),

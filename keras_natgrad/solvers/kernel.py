@@ -23,27 +23,26 @@ from keras_natgrad.solvers.root import (
 @keras.saving.register_keras_serializable(package="keras_natgrad")
 @dataclass(frozen=True)
 class Kernel(Solver):
-    r"""Solves in the space of the batch, for fewer columns than parameters.
+    r"""Solves in the space of the batch; for fewer columns than parameters.
 
-    With the kernel `K = AᵀA` and the push-through identity
+    With the kernel `K = RᵀR` and the push-through identity
 
-        (A Aᵀ + λI)⁻¹ A u = A (K + λI)⁻¹ u,
+        (R Rᵀ + λI)⁻¹ R u = R (K + λI)⁻¹ u,
 
     one M × M factorisation replaces one of size P. This *residual form* loses
-    at most `ε ‖A‖ ‖u₀‖ / λ`, where u₀ is the part of u in the null space of
-    A, nothing where A has full column rank; the *Woodbury form* of the
-    remainder,
+    at most `ε ‖R‖ ‖u₀‖ / λ`, where u₀ is the part of u in the null space of R,
+    and nothing if R has full column rank; the *Woodbury form* of the remainder,
 
-        (A Aᵀ + λI)⁻¹ r = (r − A (K + λI)⁻¹ Aᵀ r) / λ,
+        (R Rᵀ + λI)⁻¹ r = (r − R (K + λI)⁻¹ Rᵀ r) / λ,
 
-    loses `ε ‖K‖ / λ` of its digits to cancellation, in float32 all of them for
-    `λ < 1e-7 ‖K‖`, and is therefore used for the remainder only.
+    has the relative error `ε ‖K‖ / λ` by cancellation: in float32 it loses all
+    digits for `λ < 1e-7 ‖K‖`. It is therefore used for the remainder only.
 
-    Without damping it is the Moore–Penrose natural gradient `F⁺ ∇ = A K⁺ u`,
-    `F⁺ r = A K⁺ K⁺ Aᵀ r`, with the eigenvalues of K below `cutoff` times the
-    largest taken for zero. Correct for any rank and any ratio of M to P.
+    Without damping it is the Moore–Penrose natural gradient `F⁺ ∇ = R K⁺ u`,
+    `F⁺ r = R K⁺ K⁺ Rᵀ r`, where eigenvalues of K below `cutoff` times the
+    largest count as zero. Correct for any rank and any ratio of M to P.
 
-    Cost: K by one product per layer, `M² Σ (n + m)`, and `M³/3`; `M²` memory.
+    Cost: `M² Σ (n + m)` for K, one product per layer, and `M³/3`; memory `M²`.
 
     Args:
         cutoff: Relative eigenvalue cutoff of the pseudo-inverse, or `None`
@@ -59,10 +58,10 @@ class Kernel(Solver):
 
     @override
     def solve(
-        self, factor: FisherRoot, system: System, exact: bool = False
+        self, root: FisherRoot, system: System, exact: bool = False
     ) -> Solution:
-        gram = factor.gram()
-        target = system.target(factor)
+        gram = root.gram()
+        target = system.target(root)
         if exact:
             retries, succeeded = tf.constant(0, tf.int32), tf.constant(True)
 
@@ -71,8 +70,8 @@ class Kernel(Solver):
 
             weights = inverse(target)
         else:
-            # The remainder's system is solved with the same factorisation.
-            extra = _pull_back(factor, system)
+            # The same factorisation solves the system of the remainder.
+            extra = _pull_back(root, system)
             solved = damped_solve(
                 gram, tf.stack([target, extra], axis=1), system.damping
             )
@@ -80,14 +79,14 @@ class Kernel(Solver):
             weights, extra = tf.unstack(solved.solution, axis=1)
         remainder = system.remainder
         if remainder is None:
-            direction = factor.product(weights)
+            direction = root.product(weights)
         elif exact:
-            extra = inverse(inverse(_pull_back(factor, system)))
-            direction = factor.product(weights + extra)
+            extra = inverse(inverse(_pull_back(root, system)))
+            direction = root.product(weights + extra)
         else:
             inverse_damping = tf.math.reciprocal(system.damping)
             direction = add(
-                factor.product(weights - inverse_damping * extra),
+                root.product(weights - inverse_damping * extra),
                 scale(inverse_damping, remainder),
             )
         return Solution(
@@ -103,11 +102,11 @@ class Kernel(Solver):
 
     @override
     def describe(self) -> str:
-        return "kernel AᵀA of the batch"
+        return "kernel RᵀR of the batch"
 
 
-def _pull_back(factor: FisherRoot, system: System) -> tf.Tensor:
-    """Returns `Aᵀ r`, at no cost where the remainder is zero."""
+def _pull_back(root: FisherRoot, system: System) -> tf.Tensor:
+    """Returns `Rᵀ r`, at no cost if the remainder is zero."""
     zeros = tf.zeros_like(system.residual)
     remainder = system.remainder
     if remainder is None:
@@ -115,5 +114,5 @@ def _pull_back(factor: FisherRoot, system: System) -> tf.Tensor:
     return tf.cond(
         is_zero(remainder),
         lambda: zeros,
-        lambda: factor.transpose_product(remainder),
+        lambda: root.transpose_product(remainder),
     )

@@ -16,12 +16,12 @@ _SOLVERS: dict[str, type[Solver]] = {
     "dense": Dense,
     "cg": ConjugateGradient,
 }
-# Columns that a batch is taken to have where its size is not known yet.
+# Assumed number of columns of a batch whose size is not known yet.
 _UNKNOWN_COLUMNS = 1024
 
 
 def get(identifier: Any) -> Solver | None:
-    """Returns a solver, `None` for `"auto"`.
+    """Returns a solver, or `None` for `"auto"`.
 
     Args:
         identifier: `"auto"`, `"kernel"`, `"dense"`, `"cg"`, a `Solver` or
@@ -49,8 +49,8 @@ def choose(size: int, columns: int | None, bound: int) -> Solver:
 
     Args:
         size: Number P of parameters.
-        columns: Number M of columns, `None` where it is not known.
-        bound: Most elements that the solver may need.
+        columns: Number M of columns, `None` if it is not known.
+        bound: Maximal number of elements the solver may need.
     """
     columns = _UNKNOWN_COLUMNS if columns is None else columns
     solver: Solver = Dense() if size <= columns else Kernel()
@@ -62,13 +62,13 @@ def choose(size: int, columns: int | None, bound: int) -> Solver:
 def check_memory(
     solver: Solver, size: int, columns: int | None, bound: int
 ) -> None:
-    """Raises ValueError where a solver needs more memory than allowed.
+    """Raises ValueError if a solver needs more memory than allowed.
 
     Args:
         solver: The solver.
         size: Number P of parameters.
-        columns: Number M of columns; nothing is checked where it is `None`.
-        bound: Most elements that the solver may need.
+        columns: Number M of columns; `None` skips the check.
+        bound: Maximal number of elements the solver may need.
     """
     if columns is None:
         return

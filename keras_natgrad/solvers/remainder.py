@@ -13,21 +13,21 @@ from keras_natgrad.solvers.root import (
 )
 
 
-def remainder(factor: FisherRoot, gradient: Direction) -> list[tf.Tensor]:
-    """Returns `∇ − A u`, zero where it is within rounding.
+def remainder(root: FisherRoot, gradient: Direction) -> list[tf.Tensor]:
+    """Returns `∇ − R u`, or zero if that is only rounding.
 
-    Regularizers, clipping and accumulated gradients make it more than that.
-    The terms of `A u` may cancel near a minimum; their size without the
-    cancellation is that of `A (ε ∘ u)` with random signs ε, the scale of the
-    rounding.
+    It is more than rounding with regularizers, clipping or accumulated
+    gradients. Near a minimum the terms of `R u` may cancel. Their size without
+    cancellation, the scale of the rounding, is that of `R (ε ∘ u)` with random
+    signs ε.
 
     Args:
-        factor: A of the batch.
+        root: R of the batch.
         gradient: ∇.
     """
-    residual = factor.residual()
+    residual = root.residual()
     signs = random_signs(tf.shape(residual), (0, 1), residual.dtype)
-    known, size = factor.product(residual), factor.product(signs * residual)
+    known, size = root.product(residual), root.product(signs * residual)
     rest = [g - k for g, k in zip(gradient, known, strict=True)]
     bound = inner(size, size) + inner(known, known)
     small = inner(rest, rest) <= rounding_of(residual.dtype) ** 2 * bound

@@ -1,4 +1,4 @@
-"""The factor of a batch's Fisher, and the system that solvers solve."""
+"""The root of a batch's Fisher, and the system that solvers solve."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Direction = Sequence[tf.Tensor]
 
 
 class FisherRoot(abc.ABC):
-    r"""The factor A of one batch's Fisher, `F = A Aᵀ`, by its products.
+    r"""The root R of one batch's Fisher, `F = R Rᵀ`, by its products.
 
     With the loss `Σ_i c_i ℓ_i(η_i)` over examples and positions,
 
-        A = [√c_1 J_1ᵀ L_1, …, √c_N J_Nᵀ L_N],    P × M,
+        R = [√c_1 J_1ᵀ L_1, …, √c_N J_Nᵀ L_N],    P × M,
 
-    where P counts the parameters and M the columns of the loss factors of
-    the batch. The gradient of the loss is `A u` with the whitened residuals
-    `u_i = √c_i L_i⁺ ∂ℓ_i/∂η_i`, wherever it lies in the range of the Fisher
-    of the outputs.
+    with P parameters, and M the number of columns of all L_i. If the gradient
+    of the loss in the outputs lies in the range of their Fisher, the gradient
+    in the parameters is `R u` with the whitened residuals
+    `u_i = √c_i L_i⁺ ∂ℓ_i/∂η_i`.
     """
 
     @property
@@ -37,7 +37,7 @@ class FisherRoot(abc.ABC):
     @property
     @abc.abstractmethod
     def column_count(self) -> int | None:
-        """Number M of columns, `None` where it depends on the batch."""
+        """Number M of columns, `None` if it depends on the batch."""
 
     @abc.abstractmethod
     def residual(self) -> tf.Tensor:
@@ -45,23 +45,23 @@ class FisherRoot(abc.ABC):
 
     @abc.abstractmethod
     def product(self, vector: tf.Tensor) -> list[tf.Tensor]:
-        """Returns `A v` for v of shape `[M]`."""
+        """Returns `R v` for v of shape `[M]`."""
 
     @abc.abstractmethod
     def transpose_product(self, direction: Direction) -> tf.Tensor:
-        """Returns `Aᵀ δ`, `[M]`."""
+        """Returns `Rᵀ δ`, `[M]`."""
 
     @abc.abstractmethod
     def gram(self) -> tf.Tensor:
-        """Returns the kernel `K = AᵀA`, `[M, M]`."""
+        """Returns the kernel `K = RᵀR`, `[M, M]`."""
 
     @abc.abstractmethod
     def matrix(self) -> tf.Tensor:
-        """Returns A itself, `[P, M]`, rows in the order of `flatten`."""
+        """Returns R itself, `[P, M]`, rows in the order of `flatten`."""
 
     @abc.abstractmethod
     def from_tensors(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns the direction of one tensor per variable."""
+        """Returns the direction given by one tensor per variable."""
 
     @abc.abstractmethod
     def to_tensors(self, direction: Direction) -> list[tf.Tensor]:
@@ -76,11 +76,11 @@ class FisherRoot(abc.ABC):
         return tf.concat([tf.reshape(part, [-1]) for part in direction], 0)
 
     def fisher_product(self, direction: Direction) -> list[tf.Tensor]:
-        """Returns `F δ = A (Aᵀ δ)`."""
+        """Returns `F δ = R (Rᵀ δ)`."""
         return self.product(self.transpose_product(direction))
 
     def trace_estimate(self) -> tf.Tensor:
-        """Returns `‖A ε‖²` for random signs ε; its mean is the trace of F."""
+        """Returns `‖R ε‖²` for random signs ε; its mean is the trace of F."""
         residual = self.residual()
         signs = random_signs(tf.shape(residual), (0, 0), residual.dtype)
         return tf.add_n(
@@ -91,16 +91,16 @@ class FisherRoot(abc.ABC):
 class System(NamedTuple):
     r"""The linear system of one step.
 
-        (F + λI) φ = A u + r + λ s.
+        (F + λI) φ = R u + r + λ s.
 
-    Its solution minimises `‖Aᵀφ − u‖² + λ ‖φ − s‖² − 2 rᵀφ`: with s = μ φ₋₁
+    Its solution minimises `‖Rᵀφ − u‖² + λ ‖φ − s‖² − 2 rᵀφ`: with s = μ φ₋₁
     that is SPRING (Goldshlager, Abrahamsen & Lin 2024), with s = 0 the damped
-    natural gradient. Without damping the solution is the one nearest to s.
+    natural gradient. Without damping it is the solution nearest to s.
 
     Attributes:
         residual: u, `[M]`.
         damping: Scalar λ.
-        remainder: r, the part of the gradient that is not `A u`
+        remainder: r, the part of the gradient that is not `R u`
             (regularizers, clipping, accumulated gradients), or `None`.
         shift: s, or `None` for zero.
     """
@@ -110,11 +110,11 @@ class System(NamedTuple):
     remainder: Direction | None = None
     shift: Direction | None = None
 
-    def target(self, factor: FisherRoot) -> tf.Tensor:
-        """Returns `u − Aᵀ s`, the residual that the shift leaves."""
+    def target(self, root: FisherRoot) -> tf.Tensor:
+        """Returns `u − Rᵀ s`, the residual that the shift leaves."""
         if self.shift is None:
             return self.residual
-        return self.residual - factor.transpose_product(self.shift)
+        return self.residual - root.transpose_product(self.shift)
 
     def shifted(self, direction: Direction) -> list[tf.Tensor]:
         """Returns `s + direction`."""
@@ -129,8 +129,8 @@ class Solution(NamedTuple):
     Attributes:
         direction: φ.
         retries: int32 scalar, how often the damping had to be raised.
-        failures: int32 scalar: 1 where the system could not be solved, and
-            the direction is the last good one, or zero.
+        failures: int32 scalar: 1 if the system could not be solved and the
+            direction is the last good one, or zero.
         iterations: int32 scalar, zero for direct solvers.
     """
 
@@ -147,25 +147,25 @@ class Solver(abc.ABC):
     Keras, so that an optimizer's config can hold them.
     """
 
-    #: Name under which the solver is chosen and shown in the summary.
+    #: Name of the solver, as an argument and in the summary.
     kind = "solver"
 
     @abc.abstractmethod
     def solve(
-        self, factor: FisherRoot, system: System, exact: bool = False
+        self, root: FisherRoot, system: System, exact: bool = False
     ) -> Solution:
         """Returns φ.
 
         Args:
-            factor: A of the batch.
+            root: R of the batch.
             system: What to solve.
-            exact: Whether λ is zero for good: then the Moore–Penrose inverse
-                takes the place of `(F + λI)⁻¹`.
+            exact: Whether λ is always zero: then the Moore–Penrose inverse
+                replaces `(F + λI)⁻¹`.
         """
 
     @abc.abstractmethod
     def memory(self, size: int, columns: int) -> int:
-        """Returns the elements that a step needs for P and M."""
+        """Returns how many elements a step needs, for P and M."""
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -207,5 +207,5 @@ def is_zero(direction: Direction) -> tf.Tensor:
 
 
 def rounding_of(dtype: tf.DType) -> tf.Tensor:
-    """Returns what rounding may change about a long sum, relatively."""
+    """Returns the relative rounding error of a long sum."""
     return tf.constant(64 * np.finfo(dtype.as_numpy_dtype).eps, dtype)

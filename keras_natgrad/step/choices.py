@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_natgrad.step.checks import is_number
+from keras_natgrad.checks import is_number
 from keras_natgrad.step.line_search import LineSearch
 from keras_natgrad.step.rule import StepRule
 from keras_natgrad.step.spring import Spring

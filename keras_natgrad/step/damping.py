@@ -12,12 +12,12 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_natgrad import replicas
-from keras_natgrad.linalg import scalar
-from keras_natgrad.step.checks import (
+from keras_natgrad.checks import (
     check_period,
     check_positive,
     is_number,
 )
+from keras_natgrad.linalg import scalar
 from keras_natgrad.step.guard import SurgeGuard
 
 

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_natgrad.checks import check_integer, check_positive, is_number
 from keras_natgrad.linalg import scalar
-from keras_natgrad.step.checks import check_integer, check_positive, is_number
 
 
 @keras.saving.register_keras_serializable(package="keras_natgrad")

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.step.checks import check_period, is_number
+from keras_natgrad.checks import check_period, is_number
 from keras_natgrad.step.coefficients import Decision, QuadraticForm
 from keras_natgrad.step.direction import Vector
 from keras_natgrad.step.rule import Needs, Situation, StepRule

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.step.checks import (
+from keras_natgrad.checks import (
     check_integer,
     check_period,
     check_positive,

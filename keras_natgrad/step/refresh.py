@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_natgrad.step.checks import check_period, is_number
+from keras_natgrad.checks import check_period, is_number
 
 #: Where inverses may be refreshed.
 PLACES = ("graph", "host", "async")

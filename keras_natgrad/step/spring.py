@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_natgrad.step.checks import is_number
+from keras_natgrad.checks import is_number
 from keras_natgrad.step.coefficients import QuadraticForm
 from keras_natgrad.step.direction import Vector
 from keras_natgrad.step.quadratic import QuadraticStep

@@ -1,4 +1,4 @@
-"""What stands for each loss in the curvature: a head, or else a fallback."""
+"""What represents each loss in the curvature: a head, or a fallback."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class LossHead:
     Attributes:
         loss: The Keras loss.
         name: Name of its output.
-        head: The head, that of the surrogate, or `ObservedLoss`.
-        weight: The weight that goes with an exact head.
-        surrogate: The surrogate, where one is used.
-        observed: Whether the empirical Fisher was asked for.
+        head: The loss's head, the surrogate's head, or `ObservedLoss`.
+        weight: The weight for an exact head.
+        surrogate: The surrogate, if one is used.
+        observed: Whether the empirical Fisher was requested.
         size: Size of the last axis of the outputs, or `None`.
     """
 
@@ -83,7 +83,7 @@ class LossHead:
             self.head.validate(tuple(outputs.shape))
             counted = self.weight.target_mask(outputs, targets)
             if counted is not None:
-                # Labels of the ignored class need not be possible ones.
+                # Labels of the ignored class may be outside the support.
                 mask = counted if mask is None else counted & mask
                 targets = tf.reshape(targets, tf.shape(counted))
                 targets = tf.where(counted, targets, tf.zeros_like(targets))
@@ -100,7 +100,7 @@ class LossHead:
                 outputs, targets, sample_weight, mask
             )
             self.head.validate(tuple(parameters.shape))
-            # The support of the targets is an affair of the loss.
+            # The loss itself decides which targets it supports.
             return OutputTerm(parameters, self.head, coefficients)
         values, coefficients = observe_loss(
             self.loss, outputs, targets, sample_weight, mask
@@ -116,8 +116,8 @@ def _at_scale_of_errors(
     The sum `Σ c |y − η|` of absolute errors is the negative log-likelihood of
     the Laplace distribution of any scale s, weighted by `c s`, up to a
     constant; its Fisher is `c / s`. The most likely s is the mean of the
-    absolute errors. With a fixed one the Fisher of a loss whose slope is ±1
-    would not grow as the errors fall, and steps would not get shorter.
+    absolute errors. With a fixed s the Fisher of a loss whose slope is ±1 would
+    not grow as the errors fall, so steps would not get shorter.
 
     Args:
         outputs: Tensor `[batch, ..., K]`, η.
@@ -127,7 +127,7 @@ def _at_scale_of_errors(
     """
     targets = tensors.match_targets(outputs, targets)
     errors = tf.reduce_mean(tf.abs(targets - outputs), axis=-1)
-    # A mask may hide what is not finite.
+    # A mask may hide values that are not finite.
     counted = tf.where(coefficients > 0, coefficients * errors, 0.0)
     total, weight = (
         replicas.sum_over_replicas(tf.reduce_sum(each))
@@ -147,19 +147,19 @@ def choose(
     shape: tuple[int | None, ...] | None,
     observed: bool = False,
 ) -> LossHead:
-    """Finds what stands for a loss.
+    """Finds what represents a loss.
 
-    In this order: the head that the user gave, the head whose negative
-    log-likelihood the loss is, a surrogate, the loss itself by its empirical
-    Fisher. Where the empirical Fisher is asked for (`observed`) no surrogate
-    is needed.
+    It tries, in this order: the head that the user gave, the head whose
+    negative log-likelihood the loss is, a surrogate, and the empirical Fisher
+    of the loss itself. If the empirical Fisher was requested (`observed`), no
+    surrogate is needed.
 
     Args:
         loss: The Keras loss.
         name: Name of its output.
         head: Head that the user gave, or `None`.
         shape: Static shape of the outputs, or `None`.
-        observed: Whether the optimizer's Fisher is the empirical one.
+        observed: Whether the optimizer uses the empirical Fisher.
 
     Raises:
         ValueError: If a head does not fit the loss or the output.
@@ -167,8 +167,8 @@ def choose(
     size = None if shape is None else shape[-1]
     make = functools.partial(LossHead, loss, name, size=size)
     if head is not None:
-        # The reduction is the loss's own; what it reduces is one value per
-        # position, as for every head.
+        # The reduction is that of the loss; as for every head, it reduces one
+        # value per position.
         reduction = getattr(loss, "reduction", "sum_over_batch_size")
         weight = heads.LossWeight(reduction=reduction)
         return make(heads.get(head), weight, observed=observed)
@@ -187,9 +187,9 @@ def declared_rows(
     """Returns output, head and how its Fisher is found, before training.
 
     Args:
-        model: The model; without a compiled loss there are no rows.
+        model: The model; without a compiled loss the result is empty.
         head: What `attach` was given.
-        observed: Whether the optimizer's Fisher is the empirical one.
+        observed: Whether the optimizer uses the empirical Fisher.
     """
     rows = []
     for path, loss, shape in declared_losses(model):
@@ -203,7 +203,7 @@ def declared_rows(
 
 
 def warn_of_fallbacks(choices: Sequence[LossHead]) -> None:
-    """Warns of the losses whose Fisher is not that of a head."""
+    """Warns about losses whose Fisher is not that of a head."""
     parts = []
     for choice in choices:
         if choice.exact or choice.observed:
@@ -215,7 +215,7 @@ def warn_of_fallbacks(choices: Sequence[LossHead]) -> None:
         parts.append(f"{choice.loss_name!r} of {choice.name!r}, {instead}")
     if parts:
         warnings.warn(
-            "No head has these losses as its negative log-likelihood. In place "
+            "No head has these losses as its negative log-likelihood. Instead "
             f"of its Fisher the optimizer uses, for {'; for '.join(parts)}. "
             f"{_HOW_TO_GIVE_A_HEAD}",
             stacklevel=3,
@@ -238,7 +238,7 @@ def output_name(path: tuple[Any, ...]) -> str:
 
 
 def head_of(head: Any, path: tuple[Any, ...]) -> Any:
-    """Returns the head of one output, of those that `attach` was given."""
+    """Returns the head of one output from those given to `attach`."""
     if isinstance(head, (list, tuple, dict)):
         for key in path:
             head = head[key]

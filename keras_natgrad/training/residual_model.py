@@ -19,30 +19,30 @@ Residual = Callable[[keras.Model, Any], tf.Tensor]
 class ResidualModel(keras.Model):
     r"""A network that `fit` trains on residuals instead of targets.
 
-    The loss is `Σ_k ½ w_k mean(r_k²)` over residual functions, such as those
-    of a differential equation and of its boundary values. What `fit` takes
-    are the points: a `tf.data.Dataset` whose elements are tensors or tuples of
-    tensors (of different lengths, too), or one tensor, which `fit` cuts into
-    batches of `batch_size`.
+    The loss is `Σ_k ½ w_k mean(r_k²)` over residual functions, such as those of
+    a differential equation and of its boundary values. `fit` takes the points:
+    a `tf.data.Dataset` whose elements are tensors or tuples of tensors (their
+    lengths may differ), or one tensor, which `fit` cuts into batches of
+    `batch_size`.
 
     With `keras_natgrad.NaturalGradient` a step is one
-    `optimizer.minimize_residuals`; any optimizer of Keras works as well. As a
-    function the model is the network. What is trained are the trainable
-    variables of the network: an unknown coefficient of an equation is a
-    weight of the network.
+    `optimizer.minimize_residuals`; any optimizer of Keras works as well.
+    Calling the model calls the network. The trainable variables of the network
+    are trained; an unknown coefficient of an equation is a weight of the
+    network.
 
     Args:
         network: A built `keras.Model`.
         residuals: Function `(network, points)` that returns residuals of shape
-            `[N]` or `[N, k]` at N points, row i from point i alone; it gets
-            one element of the data as it is. Or a tuple of functions, one per
+            `[N]` or `[N, k]` at N points, row i from point i alone; it gets one
+            element of the data unchanged. Or a tuple of functions, one per
             tensor of an element.
         weights: One non-negative w per function. Defaults to ones.
         **kwargs: Further arguments of `keras.Model`, such as `name`.
 
     Raises:
-        ValueError: If the network is not built, `residuals` are no functions,
-            or the weights do not fit them.
+        ValueError: If the network is not built, `residuals` are not functions,
+            or the weights do not match them.
 
     Example:
 
@@ -93,7 +93,7 @@ class ResidualModel(keras.Model):
                 "`residuals` must be a function of the network and of points, "
                 f"or a tuple of them. Received: residuals={residuals!r}"
             )
-        # The network and its points have a dtype of their own.
+        # The network and its points keep their own dtype.
         kwargs.setdefault("autocast", False)
         super().__init__(**kwargs)
         self.network = network
@@ -115,12 +115,12 @@ class ResidualModel(keras.Model):
             data: Points, as `residuals` take them.
 
         Returns:
-            The logs: `loss` before the step, and the optimizer's statistics
-            where asked for.
+            The logs: `loss` before the step, and the optimizer's statistics if
+            requested.
 
         Raises:
-            ValueError: If the data do not fit the residuals, or `compile` got
-                a loss, metrics or an optimizer of another kind.
+            ValueError: If the data do not match the residuals, or `compile` got
+                a loss, metrics or an unsupported optimizer.
         """
         self._check_compiled()
         functions, points = self._pairs(data)
@@ -153,7 +153,7 @@ class ResidualModel(keras.Model):
         return self._track(self._loss(functions, points), points)
 
     def _build_optimizer(self) -> None:
-        """Attaches the optimizer, which keeps its state through saving."""
+        """Attaches the optimizer, whose state is then saved with the model."""
         self.optimizer.attach(self).build(self.trainable_variables)
 
     def _pairs(
@@ -161,7 +161,7 @@ class ResidualModel(keras.Model):
     ) -> tuple[list[Callable[[Any], tf.Tensor]], list[Any]]:
         """Returns functions of points alone, and the points of each."""
         if isinstance(data, (list, tuple)):
-            # `train_on_batch` passes `None` for what it was not given.
+            # `train_on_batch` passes `None` for missing arguments.
             data = tuple(part for part in data if part is not None)
             data = data[0] if len(data) == 1 else data
         if isinstance(self.residuals, tuple):

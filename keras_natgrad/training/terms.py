@@ -26,13 +26,13 @@ from keras_natgrad.training.loss_heads import (
 def compiled_choices(
     model: keras.Model, outputs: Any, head: Any = None, observed: bool = False
 ) -> list[LossHead]:
-    """Returns what stands for each loss that `compile` set up.
+    """Returns what represents each loss that `compile` set up.
 
     Args:
         model: A compiled model whose loss has been called.
         outputs: The model's outputs, in the structure of the losses.
-        head: Head (or a structure of heads like the losses) that replaces
-            what the losses say.
+        head: Head (or a structure of heads like the losses) to use instead of
+            the losses' own heads.
         observed: Whether the optimizer's Fisher is the empirical one.
 
     Raises:
@@ -61,7 +61,7 @@ def compiled_terms(
 
     Args:
         model: A compiled model whose loss has been called.
-        choices: Of `compiled_choices`.
+        choices: The result of `compiled_choices`.
         outputs: The model's outputs.
         targets: Targets, of the same structure.
         sample_weight: `None`, one tensor, or the same structure.
@@ -111,7 +111,7 @@ def mean_terms(outputs: Any, head: Any) -> list[OutputTerm]:
 
 
 def check_support(terms: Sequence[OutputTerm]) -> None:
-    """Raises ValueError for targets outside a head's support, eagerly."""
+    """Raises ValueError for targets outside a head's support; eager only."""
     for term in terms:
         if term.targets is not None and tf.executing_eagerly():
             term.head.validate_targets(term.outputs, term.targets)

@@ -23,9 +23,9 @@ from keras_natgrad.training.terms import (
 def install(model: keras.Model) -> None:
     """Gives a model the training step of this package.
 
-    The step is an attribute of the instance: class, config and saved file of
-    the model stay as they are. A model whose class has a `train_step` of its
-    own keeps it, and uses `CurvatureTape` there.
+    The step is an attribute of the instance: the class, config and saved file
+    of the model do not change. A model whose class overrides `train_step` keeps
+    its own step, and uses `CurvatureTape` there.
 
     Args:
         model: A `keras.Model`.
@@ -36,12 +36,12 @@ def install(model: keras.Model) -> None:
         return
     # Bypasses Keras's attribute tracking: this is not state.
     object.__setattr__(model, "train_step", MethodType(train_step, model))
-    # A training function that Keras made before holds the old step.
+    # A training function that Keras made earlier holds the old step.
     model.train_function = None
 
 
 class _Hooked:
-    """A training function after which the optimizer has its turn."""
+    """A training function that calls `after_step()` of the optimizer."""
 
     def __init__(self, function: Callable[..., Any], model: Any) -> None:
         self.function = function
@@ -57,7 +57,7 @@ class _Hooked:
 
 
 def install_hook(model: keras.Model) -> None:
-    """Lets the optimizer do things between two steps of `fit`.
+    """Makes `fit` call the optimizer's `after_step()` between steps.
 
     Args:
         model: A `keras.Model` with the training step of this package.
@@ -91,8 +91,8 @@ def curvature_optimizer(optimizer: Any) -> Any:
     ]
     if len(found) > 1:
         raise ValueError(
-            "A model takes one optimizer of keras_natgrad; give its other "
-            "variables to an optimizer of Keras, or all of them to this one. "
+            "A model takes one optimizer of keras_natgrad; let an optimizer of "
+            "Keras train its other variables, or let one train them all. "
             f"Received: {[each.name for each in found]}"
         )
     return found[0] if found else None
@@ -101,15 +101,14 @@ def curvature_optimizer(optimizer: Any) -> Any:
 def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
     """Trains on one batch; a drop-in for `keras.Model.train_step`.
 
-    Where the compiled optimizer is not one of this package, it is Keras's
-    own step.
+    If the compiled optimizer is not from this package, it is Keras's own step.
 
     Args:
         model: The model.
         data: What `fit` passes: x, (x, y) or (x, y, sample_weight).
 
     Returns:
-        The logs: metrics, and the optimizer's statistics where asked for.
+        The logs: metrics, and the optimizer's statistics if requested.
     """
     optimizer = curvature_optimizer(model.optimizer)
     if optimizer is None:
@@ -129,7 +128,7 @@ def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
         y_pred, loss = total_loss()
         first = next(part for part in keras.tree.flatten(x) if part is not None)
         _compat.update_loss_tracker(model, loss, tf.shape(first)[0])
-        # Without one the tape asks for a head, as in a custom loop.
+        # Without a compiled loss the tape needs a head, as in a custom loop.
         if _compat.compiled_losses(model):
             outputs, targets = _compat.like_losses(model, y_pred, y)
             head = optimizer.attached_head()
@@ -151,7 +150,7 @@ def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
         )
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
     if not model.optimizer.built:
-        # A wrapper decides which variables the optimizer gets.
+        # A wrapper may pass only some variables to the optimizer.
         model.optimizer.build(variables)
     gradients = tape.gradient(loss, variables)
     model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
@@ -160,11 +159,11 @@ def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
 
 
 def _restorer(model: keras.Model) -> Callable[[Callable[[], Any]], Any]:
-    """Makes a second forward pass repeat the first one, and leave no trace.
+    """Makes a second forward pass repeat the first one without side effects.
 
     Dropout seeds and batch statistics are non-trainable variables. They are
-    set back to what they were before the step, and afterwards forward again,
-    as are the metrics that a loss updates.
+    restored to their values before the step for the second pass, and to their
+    present values after it, as are the metrics that a loss updates.
     """
     state = list(model.non_trainable_variables)
     before = [tf.identity(variable.value) for variable in state]

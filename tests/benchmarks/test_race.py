@@ -210,6 +210,7 @@ def test_command_line(tmp_path, monkeypatch, line, capsys):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_tuning_from_the_command_line(tmp_path, monkeypatch, line):
     monkeypatch.setattr(run, "make_task", lambda *arguments: line)
     monkeypatch.setattr(

@@ -146,6 +146,7 @@ def test_memory_counts_what_is_stored(block):
     assert block.memory == stored
 
 
+@pytest.mark.variants(1)
 def test_compiles_under_xla(block, data, feed):
     feed(block, data)
     gradient = tf.constant(data.gradient)

@@ -334,6 +334,7 @@ def steps(model, count):
         model.train_on_batch(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["graph", "xla"])
 def test_modes_agree(mode, float64):
     """In a graph to rounding, under XLA to the accuracy of its bases."""

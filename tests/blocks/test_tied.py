@@ -330,6 +330,7 @@ def test_running_average(build_block):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.variants("7-False")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_compiles(build_block, size, jit_compile):
     """In a graph and under XLA to rounding."""

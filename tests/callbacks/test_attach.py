@@ -26,6 +26,7 @@ def unattached(optimizer=None, loss=None):
     return model
 
 
+@pytest.mark.slow
 def test_equals_attach():
     x, y = data()
     arguments = {"epochs": 3, "shuffle": False, "verbose": 0}
@@ -35,6 +36,7 @@ def test_equals_attach():
     assert_equal(state(left), state(right))
 
 
+@pytest.mark.slow
 def test_in_a_graph_and_in_a_second_fit():
     x, y = data()
     model = unattached()
@@ -44,6 +46,7 @@ def test_in_a_graph_and_in_a_second_fit():
     assert model.optimizer.statistics["batches"] == 2
 
 
+@pytest.mark.slow
 def test_after_a_fit_with_another_optimizer():
     x, y = data()
     model = mlp()

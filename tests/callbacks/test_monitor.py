@@ -56,6 +56,7 @@ def layer_names(model):
     return [e.layer.path for e in model.optimizer.curvature.entries]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "mode"),
     [("epoch", EAGER), (2, EAGER), ("epoch", GRAPH)],
@@ -96,6 +97,7 @@ def test_a_generator_of_unknown_length(float64):
     assert seen.norm(2, 3) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", ["epoch", 2])
 def test_steps_per_execution(every, float64):
     """The norm is that of all steps of a call."""
@@ -107,6 +109,7 @@ def test_steps_per_execution(every, float64):
     assert monitor.history["update_norm"][-1] == pytest.approx(seen.norm(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_is_the_same(name):
     """Bit for bit, with every measurement."""
@@ -128,6 +131,7 @@ def test_training_is_the_same(name):
         assert np.all(np.isfinite(value))
 
 
+@pytest.mark.variants("kfac")
 @pytest.mark.parametrize("name", ["kfac", "rngd", "prong"])
 def test_spectra_and_condition_numbers(name, float64):
     """Against dense matrices: the Fisher, and what preconditions."""
@@ -179,6 +183,7 @@ def test_logs_reach_other_callbacks(tmp_path):
     assert [float(row["damping"]) for row in rows] == history["damping"]
 
 
+@pytest.mark.slow
 def test_logs_of_batches():
     """They repeat the last record."""
     x, y = data()
@@ -202,6 +207,7 @@ def test_fewer_steps_than_a_period():
     assert len(history["damping"]) == 2
 
 
+@pytest.mark.slow
 def test_a_second_fit_goes_on_and_another_model_starts_anew():
     x, y = data()
     model, monitor = compiled(), CurvatureMonitor()
@@ -242,6 +248,7 @@ def test_fallback_variables_have_names():
     assert len(monitor.last_spectra) == 3
 
 
+@pytest.mark.slow
 def test_large_layers_are_left_out():
     x, y = data()
     model, monitor = compiled(), CurvatureMonitor(max_size=FEATURES)
@@ -272,6 +279,7 @@ def test_before_the_first_refresh_nothing_is_known():
     assert np.isnan(monitor.history["condition_number"][0])
 
 
+@pytest.mark.variants("eager")
 @pytest.mark.parametrize("mode", [EAGER, XLA], ids=["eager", "xla"])
 def test_refresh_is_timed_on_what_a_step_does(mode, monkeypatch):
     x, y = data()
@@ -304,6 +312,7 @@ def test_refresh_after_another_compile():
     assert_equal([variable.numpy() for variable in old.variables], kept)
 
 
+@pytest.mark.slow
 def test_layers_of_all_kinds(float64):
     """Groups, one-hot inputs, patches and a block per channel."""
     rng = np.random.default_rng(0)
@@ -339,6 +348,7 @@ def test_custom_loop(float64):
     assert monitor.history["step"] == [1]
 
 
+@pytest.mark.slow
 def test_on_replicas(mirrored_strategy):
     """The averages are read as the sums of all replicas."""
     x, y = data(16)
@@ -432,6 +442,7 @@ def test_plot(tmp_path):
     assert spectra.get_xscale() == "log"
 
 
+@pytest.mark.variants("rngd")
 @pytest.mark.parametrize("name", ["rngd", "prong", "natural_gradient"])
 def test_plot_of_other_optimizers(name, tmp_path):
     x, y = data()

@@ -176,6 +176,7 @@ def test_an_adaptive_optimizer_helps_itself_first():
     assert np.all(np.isfinite(seen.losses[-1]))
 
 
+@pytest.mark.variants("0-1")
 @pytest.mark.parametrize(("tolerance", "expected"), [(0, 1), (1, 2), (2, 3)])
 def test_tolerance(tolerance, expected):
     """Finite weights whose loss overflows, and a damping that is constant."""
@@ -262,6 +263,7 @@ def test_without_a_good_copy():
     assert policy.returns == []
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_not_put_back():
     model = compiled(optimizer=kng.KFAC(0.5, damping=0.1))
     schedule = keras.callbacks.LearningRateScheduler(
@@ -288,6 +290,7 @@ def test_wrapped_optimizer():
     assert np.all(np.isfinite(weights(model)[0]))
 
 
+@pytest.mark.slow
 def test_on_replicas(mirrored_strategy):
     """Sums over replicas are put back as well."""
     with mirrored_strategy.scope():

@@ -47,6 +47,7 @@ MULTI_HEAD = {
 }
 
 
+@pytest.mark.variants("plain", "value size", "output size", "no bias")
 @pytest.mark.parametrize("name", MULTI_HEAD)
 def test_multi_head_attention(name):
     options = {"num_heads": 2, "key_dim": 3, **MULTI_HEAD[name]}
@@ -99,6 +100,9 @@ GROUPED = {
 }
 
 
+@pytest.mark.variants(
+    "False-plain", "False-one key", "False-all keys", "False-no bias"
+)
 @pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("causal", [False, True])
 def test_group_query_attention(name, causal):

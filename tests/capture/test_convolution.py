@@ -125,6 +125,7 @@ def test_causal(strides):
     check_both(layer, [layer], built(layer, (2, 5, 2)))
 
 
+@pytest.mark.variants("Conv2D")
 @pytest.mark.parametrize(
     "layer",
     [
@@ -135,7 +136,7 @@ def test_causal(strides):
         L.SeparableConv2D(5, 2, data_format="channels_first"),
         L.SeparableConv1D(5, 2, data_format="channels_first"),
     ],
-    ids=lambda layer: layer.name,
+    ids=lambda layer: type(layer).__name__,
 )
 def test_channels_first(layer):
     """Those that Keras runs on a CPU.
@@ -185,6 +186,7 @@ def test_patches_are_formed_for_several_uses_only():
     assert tuple(inputs.shape) == (3, 10, 7)
 
 
+@pytest.mark.variants("1-1")
 @pytest.mark.parametrize("uses", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_images_folded_into_the_batch(uses, groups):

@@ -192,6 +192,7 @@ def test_other_layers_are_not_touched(policy):
         np.testing.assert_array_equal(gradients[id(variable)], gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_in_a_graph(policy, jit_compile):
     """As near to float32 as eagerly: fused operations round elsewhere."""

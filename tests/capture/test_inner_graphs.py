@@ -162,6 +162,7 @@ def time_distributed():
     )
 
 
+@pytest.mark.variants("TracedInside-eager")
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
 @pytest.mark.parametrize(
     "make",
@@ -189,6 +190,7 @@ def test_layer_in_an_inner_graph(make, eager):
         assert float(entry.block.trace()) > 0 or named
 
 
+@pytest.mark.variants("TracedBefore", "RecomputedOnce")
 @pytest.mark.parametrize("make", UNREACHABLE)
 def test_what_to_write_instead(make):
     """The error names the layer, and the layer that is left out falls back.
@@ -265,6 +267,7 @@ def test_fisher_without_the_batch_axis():
         kng.fisher(model, x, kng.heads.Normal())
 
 
+@pytest.mark.variants("Stopped-eager", "Unused-eager")
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
 @pytest.mark.parametrize("make", [Stopped, Unused])
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")

@@ -265,8 +265,8 @@ def of_matrix(inputs, outputs, bias=False):
 @pytest.mark.parametrize(
     ("two_way", "bias", "transposed", "message"),
     [
-        (True, False, None, "and only there"),
-        (False, False, (2, 3), "and only there"),
+        (True, False, None, "if and only if"),
+        (False, False, (2, 3), "if and only if"),
         (True, False, (3, 2), "inputs and outputs exchanged"),
         (True, True, (2, 3), "no bias"),
     ],

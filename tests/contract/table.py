@@ -10,14 +10,58 @@ from pathlib import Path
 import keras_natgrad as kng
 from tests.contract.features import FEATURES_IN_ORDER
 
+
+def preset(optimizer, **defaults):
+    """Returns a constructor with other defaults."""
+    return lambda **kwargs: optimizer(**{**defaults, **kwargs})
+
+
 # Small networks and few steps ask for larger rates than the defaults.
 OPTIMIZERS = {
     "KFAC": kng.KFAC,
     "NaturalGradient": kng.NaturalGradient,
-    "RNGD": lambda **kw: kng.RNGD(
-        **{"learning_rate": 0.1, "relative_damping": 0.1, **kw}
+    "RNGD": preset(kng.RNGD, learning_rate=0.3, relative_damping=0.01),
+    "PRONG": preset(kng.PRONG, learning_rate=0.3),
+}
+
+# Other arguments of the same optimizers, which the page leaves out.
+VARIANTS = {
+    "KFAC, line search": preset(
+        kng.KFAC,
+        learning_rate=kng.LineSearch(),
+        momentum=kng.Spring(0.5),
+        damping=0.01,
     ),
-    "PRONG": lambda **kw: kng.PRONG(**{"learning_rate": 0.1, **kw}),
+    "kernel": preset(
+        kng.NaturalGradient,
+        learning_rate=0.5,
+        damping=0.1,
+        solver="kernel",
+        momentum=0.5,
+    ),
+    "conjugate gradients": preset(
+        kng.NaturalGradient,
+        learning_rate=0.5,
+        damping=0.1,
+        solver=kng.solvers.ConjugateGradient(20, preconditioner="kronecker"),
+    ),
+    "line search": preset(kng.NaturalGradient, learning_rate=kng.LineSearch()),
+    "RNGD, far": preset(
+        kng.RNGD,
+        learning_rate=0.3,
+        damping=0.01,
+        horizon=2,
+        momentum=0.5,
+        identity_start=True,
+    ),
+    "PRONG, momentum": preset(
+        kng.PRONG,
+        learning_rate=0.2,
+        momentum=0.5,
+        damping=0.1,
+        relative_damping=False,
+        curvature_update_period=1,
+    ),
 }
 
 # What an optimizer refuses, and the sentence it does so with.

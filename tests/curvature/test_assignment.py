@@ -37,6 +37,7 @@ def kinds(optimizer):
     ]
 
 
+@pytest.mark.variants("input_factor")
 @pytest.mark.parametrize("block", ["input_factor", "foof"])
 def test_input_factors_of_a_convolutional_network(block):
     """One matrix of all inputs is not for layers with groups."""

@@ -89,6 +89,7 @@ def test_exact_statistics_of_two_heads(name, record):
         )
 
 
+@pytest.mark.variants("full", "expand")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_all_signs_average_to_the_exact_statistics(name, record):
     """The propagated kind is unbiased: every sign pattern of N P K = 8."""

@@ -66,6 +66,7 @@ def flat(model):
     return np.concatenate(rows)
 
 
+@pytest.mark.variants(20)
 @pytest.mark.parametrize("solver", ["kernel", "dense", "cg"])
 @pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0])
 @pytest.mark.parametrize("deficient", [False, True])

@@ -137,6 +137,14 @@ def jacobians(model, x, term, variable):
     return found
 
 
+@pytest.mark.variants(
+    "SimpleRNN",
+    "GRU, reset before",
+    "LSTM, no bias",
+    "ConvLSTM1D",
+    "Dense, LoRA",
+    "Dense, int8",
+)
 @pytest.mark.parametrize("name", CASES)
 def test_average_over_all_signs(name, record):
     shape, make, count = CASES[name]

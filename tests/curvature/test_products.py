@@ -128,6 +128,7 @@ def matrices_of(recorded, directions):
     return [recorded.curvature.to_matrices(d) for d in directions]
 
 
+@pytest.mark.variants("None")
 @pytest.mark.parametrize("positions", [None, 2])
 def test_all_signs_average_to_the_gram(positions, record):
     """The estimated Gram matrix is unbiased: every sign pattern."""

@@ -47,6 +47,7 @@ def train(make, epochs=9, sample_weight=None, **kwargs):
     return model
 
 
+@pytest.mark.variants("kfac")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_replicas_equal_one(name, mirrored_strategy):
     one = train(OPTIMIZERS[name])
@@ -62,6 +63,7 @@ def test_two_replicas_equal_one(name, mirrored_strategy):
         np.testing.assert_array_equal(first.numpy(), second.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kfac", "rngd", "prong"])
 def test_halves_of_unequal_weight(name, mirrored_strategy):
     """Every example counts as it does on one device."""
@@ -72,6 +74,7 @@ def test_halves_of_unequal_weight(name, mirrored_strategy):
     assert_close(weights(two), weights(one), 1e-5, 1e-5)
 
 
+@pytest.mark.slow
 def test_rates_by_layer_where_replicas_have_unequal_parts(mirrored_strategy):
     """A last batch of five: three and two examples, and one step for all."""
     x, y = data(37)
@@ -94,6 +97,7 @@ EIGENBASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EIGENBASES)
 def test_an_eigenbasis(name, float64, mirrored_strategy):
     """A refresh turns the sums of both replicas into the new basis."""
@@ -105,6 +109,7 @@ def test_an_eigenbasis(name, float64, mirrored_strategy):
     assert_close(weights(two), weights(one), 1e-8, 1e-8)
 
 
+@pytest.mark.slow
 def test_default_arguments_learn(mirrored_strategy):
     x, y = data(96)
     with mirrored_strategy.scope():
@@ -112,6 +117,7 @@ def test_default_arguments_learn(mirrored_strategy):
     assert model.evaluate(x, y, verbose=0) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy, mirrored_strategy):
     x, y = data(96)
@@ -122,6 +128,7 @@ def test_mixed_precision(policy, mirrored_strategy):
     assert model.evaluate(x, y, verbose=0) < 0.3
 
 
+@pytest.mark.slow
 def test_a_bad_batch_on_one_replica_is_skipped_by_both(mirrored_strategy):
     x, y = data(96)
     bad = x.copy()
@@ -135,6 +142,7 @@ def test_a_bad_batch_on_one_replica_is_skipped_by_both(mirrored_strategy):
     assert model.optimizer.statistics["skipped"] == 1
 
 
+@pytest.mark.slow
 def test_saved_and_resumed(mirrored_strategy, tmp_path):
     """The sum of the replicas' statistics is saved, for any number of them."""
     x, y = data(96)
@@ -158,6 +166,7 @@ def test_saved_and_resumed(mirrored_strategy, tmp_path):
     assert_close(resume(alone), expected, 1e-5, 1e-5)
 
 
+@pytest.mark.slow
 def test_eager(mirrored_strategy):
     one = train(OPTIMIZERS["kfac"], 1, run_eagerly=True)
     with mirrored_strategy.scope():
@@ -165,6 +174,7 @@ def test_eager(mirrored_strategy):
     assert_close(weights(two), weights(one), 1e-5, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_that_surges_is_taken_back_by_both(mirrored_strategy):
     x, y = data(96)
     with mirrored_strategy.scope():
@@ -207,6 +217,7 @@ def test_refusals(make, message, mirrored_strategy):
         train(make, 1)
 
 
+@pytest.mark.slow
 def test_custom_loop(mirrored_strategy):
     x, y = data(96)
     head = kng.heads.Categorical()

@@ -80,6 +80,7 @@ def assert_same_end(left, right, rtol=1e-5):
         np.testing.assert_allclose(a, b, rtol, 1e-5)
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one(tmp_path):
     one = finish(*start(tmp_path / "one", 1))[0]
     two = finish(*start(tmp_path / "two", 2))

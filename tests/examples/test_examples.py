@@ -83,6 +83,7 @@ def assert_is_report(output, path):
     assert_is_figure(path)
 
 
+@pytest.mark.slow
 def test_quickstart():
     output = run("quickstart.py", "--epochs", "2")
     accuracy = float(output.strip().rsplit(" ", 1)[-1])
@@ -98,6 +99,7 @@ def test_mnist_autoencoder(tmp_path):
     assert_is_report(output, path)
 
 
+@pytest.mark.slow
 def test_heteroscedastic_regression(tmp_path):
     path = tmp_path / "figure.png"
     output = run(
@@ -114,6 +116,7 @@ def test_heteroscedastic_regression(tmp_path):
     assert_is_figure(path)
 
 
+@pytest.mark.slow
 def test_kl_distance(tmp_path):
     path = tmp_path / "figure.png"
     output = run("kl_distance.py", "--output", str(path))
@@ -131,6 +134,7 @@ def test_kl_distance(tmp_path):
     assert_is_figure(path)
 
 
+@pytest.mark.slow
 def test_count_regression():
     output = run("count_regression.py", "--epochs", "3")
     rows = [line.rsplit(maxsplit=3) for line in output.splitlines()[2:]]
@@ -138,6 +142,7 @@ def test_count_regression():
     assert all(0 < float(cell) < 100 for row in rows for cell in row[2:])
 
 
+@pytest.mark.slow
 def test_pinn_poisson(tmp_path):
     path = tmp_path / "new" / "figure.png"
     output = run(
@@ -249,6 +254,7 @@ def test_prong_on_a_file(tmp_path):
     assert_is_figure(path)
 
 
+@pytest.mark.slow
 def test_natural_gradient_cg():
     output = run("natural_gradient_cg.py")
     rows = table_rows(output)
@@ -320,6 +326,7 @@ def test_directions_of_the_post(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_rngd_mnist(tmp_path):
     """RNGD is ahead of SGD at one rate; what is printed is what is saved."""
     path, results = tmp_path / "new" / "figure.png", tmp_path / "results.json"
@@ -344,6 +351,7 @@ def test_rngd_mnist(tmp_path):
     assert_is_figure(path)
 
 
+@pytest.mark.slow
 def test_keras_tuner_search(tmp_path):
     """The second time it finds its trials and only loads the best model."""
     for package in ("keras_tuner", "tensorboard"):
@@ -403,6 +411,7 @@ def test_mnist_autoencoder_on_a_file(tmp_path):
     assert_is_report(output, path)
 
 
+@pytest.mark.slow
 def test_distributed_mirrored():
     output = run("distributed_mirrored.py", "--epochs", "2")
     lines = output.splitlines()
@@ -431,6 +440,7 @@ def test_model_garden_task():
         "kl_distance.py",
         "model_garden_task.py",
         "pinn_poisson.py",
+        "natural_chain.py",
         "natural_gradient_cg.py",
         "prong.py",
         "rngd_mnist.py",

@@ -201,6 +201,9 @@ def everything(head, outputs, targets):
     }
 
 
+@pytest.mark.variants(
+    "normal-graph", "categorical_unnormalised-graph", "ordered_logistic-graph"
+)
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize(
     "case",
@@ -245,6 +248,7 @@ def test_eager_and_compiled_results_agree(case, jit_compile):
         np.testing.assert_array_equal(draws[0], head.sample(outputs, seed))
 
 
+@pytest.mark.variants(12)
 @all_heads
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
 def test_half_precision_is_computed_in_float32(case, dtype):
@@ -268,6 +272,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.variants("bernoulli_logits")
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if case.name in EXTREMES],

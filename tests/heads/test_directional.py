@@ -51,6 +51,7 @@ def test_in_two_dimensions_it_is_the_von_mises_distribution():
     )
 
 
+@pytest.mark.variants("2")
 @pytest.mark.parametrize("dimension", [2, 4, 30])
 def test_factor_products_and_log_prob(dimension):
     rng = np.random.default_rng(0)

@@ -65,7 +65,9 @@ BOUNDED = {
 }
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("concentration", [0.3, 0.05, 0.005])
 @pytest.mark.parametrize("name", BOUNDED)
 def test_draws_of_small_concentrations(name, concentration, jit_compile):

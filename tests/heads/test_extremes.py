@@ -205,6 +205,7 @@ def normals(diagonal, dimension):
     return np.concatenate([loc, rest], axis=-1)
 
 
+@pytest.mark.variants("tril-3")
 @pytest.mark.parametrize("dimension", [3, 5])
 @pytest.mark.parametrize(
     "head",

@@ -59,6 +59,7 @@ def test_factor_products(density):
     )
 
 
+@pytest.mark.variants(12)
 @each
 def test_log_prob_and_score(density):
     head, outputs = density.head, density.outputs
@@ -79,6 +80,7 @@ def test_log_prob_and_score(density):
         )
 
 
+@pytest.mark.variants(12)
 @each
 def test_samples_have_scores_of_mean_zero_and_covariance_fisher(density):
     """20 000 draws; five standard errors of the measured moments."""
@@ -96,6 +98,7 @@ def test_samples_have_scores_of_mean_zero_and_covariance_fisher(density):
         )
 
 
+@pytest.mark.variants(12)
 @each
 def test_units_are_independent(density):
     """D units: all first parameters, then all second ones."""
@@ -118,6 +121,7 @@ def test_units_are_independent(density):
     head.validate(both.shape)
 
 
+@pytest.mark.variants("normal_softplus")
 @each
 def test_every_product_compiles(density):
     head, outputs = density.head, tf.constant(density.outputs, tf.float32)
@@ -212,7 +216,7 @@ def test_softplus_without_a_floor_does_not_underflow():
         (lambda: heads.Gamma(-1.0), "`rate` must be a positive, finite number"),
         (lambda: heads.Geometric(1.5), "`probs` must be a number between 0"),
         (lambda: heads.Exponential(2.0), "no parameter left to predict"),
-        (lambda: heads.Binomial(0), "positive number of draws or trials"),
+        (lambda: heads.Binomial(0), "integer of at least 1"),
         (lambda: heads.links.Softplus(-1.0), "`floor` must be a non-negative"),
         (lambda: heads.links.Softplus(np.inf), "Received: floor=inf"),
         (lambda: heads.Binomial(2.5), "Received: total_count=2.5"),

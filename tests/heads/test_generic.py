@@ -86,6 +86,7 @@ def test_finds_the_fisher_matrix_of_the_known_head(make, method, known, size):
     )
 
 
+@pytest.mark.variants("None-summation", "False-summation", "True-summation")
 @pytest.mark.parametrize("method", heads.generic.METHODS)
 @pytest.mark.parametrize("jit_compile", [None, False, True])
 def test_factor_products(method, jit_compile):
@@ -122,6 +123,7 @@ def test_factor_products(method, jit_compile):
     )
 
 
+@pytest.mark.slow
 def test_monte_carlo_is_unbiased():
     """The mixture's scores have no closed covariance: 4000 × 16 draws."""
     eta = OUTPUTS[0]

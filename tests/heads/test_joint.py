@@ -69,6 +69,7 @@ def test_factor_products():
     )
 
 
+@pytest.mark.slow
 def test_targets_lie_side_by_side():
     targets = HEAD.sample(OUTPUTS, [1, 2])
     assert targets.shape == (3, 11)
@@ -93,7 +94,7 @@ def test_targets_lie_side_by_side():
     ("call", "message"),
     [
         (lambda: heads.Joint(["normal"], [1, 2]), "`sizes` must hold"),
-        (lambda: heads.Joint([], []), "one at least"),
+        (lambda: heads.Joint([], []), "at least one"),
         (lambda: heads.Joint(["categorical"], [1]), "at least two"),
         (lambda: HEAD.validate((None, 18)), "takes 19 outputs"),
         (lambda: HEAD.log_prob(OUTPUTS, np.zeros([3, 9])), "places on the"),

@@ -57,7 +57,7 @@ def test_poisson_loss_of_a_relu_trains():
         [keras.Input((3,)), keras.layers.Dense(1, activation="relu")]
     )
     optimizer = keras_natgrad.KFAC().attach(model)
-    model.compile(optimizer=optimizer, loss="poisson")
+    model.compile(optimizer, loss="poisson", run_eagerly=True)
     assert np.any(model(x).numpy() == 0.0)
     model.fit(x, y, batch_size=32, epochs=2, verbose=0)
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())

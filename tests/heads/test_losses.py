@@ -158,7 +158,7 @@ def test_a_gradient_step_of_fit(name, options, reduction, float64):
     sample_weight = SAMPLE_WEIGHTS[2, "examples"]
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     model.layers[0].set_weights([outputs, np.zeros(3)])
-    model.compile(keras.optimizers.SGD(1.0), loss=loss)
+    model.compile(keras.optimizers.SGD(1.0), loss=loss, run_eagerly=True)
     # The inputs are unit vectors: the kernel rows are the outputs.
     model.train_on_batch(np.eye(4), targets, sample_weight)
     head, weight = from_loss(loss, outputs.shape)

@@ -210,6 +210,7 @@ def test_quantile_compiles():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fisher", heads.mixture.METHODS)
 def test_every_product_compiles(fisher):
     head = heads.NormalMixture(3, fisher=fisher, samples=5)

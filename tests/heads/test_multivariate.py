@@ -105,6 +105,7 @@ def test_log_prob_samples_and_scores(name):
         assert np.all(difference <= 5 * error + 1e-9)
 
 
+@pytest.mark.variants("mvn_1")
 @each
 def test_every_product_compiles(name):
     head, outputs = HEADS[name][0], tf.constant(HEADS[name][1], tf.float32)
@@ -167,6 +168,7 @@ def exact_fisher(alpha, count):
     return fisher
 
 
+@pytest.mark.variants("1")
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_dirichlet_multinomial_from_all_counts(count):
     """Concentrations from 1e-6 to 1e6, in units of the diagonal."""

@@ -95,17 +95,17 @@ def test_inverse_gamma_of_infinite_moments():
             lambda: heads.Distribution(
                 lambda o: tfd.SinhArcsinh(o[..., 0], 1.0, 0.5)
             ).mean([[0.0]]),
-            "knows no mean of the head Distribution",
+            "has no mean for the head Distribution",
         ),
         (
             lambda: heads.Distribution(
                 lambda o: tfd.SinhArcsinh(o[..., 0], 1.0, 0.5)
             ).stddev([[0.0]]),
-            "knows no stddev of the head Distribution",
+            "has no stddev for the head Distribution",
         ),
         (
             lambda: heads.Poisson().quantile([[0.0]], 0.5),
-            r"knows no quantile of the head Poisson\(rate='exp'\)",
+            r"has no quantile for the head Poisson\(rate='exp'\)",
         ),
     ],
 )

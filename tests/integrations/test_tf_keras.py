@@ -115,6 +115,7 @@ AUTOMATIC = {"damping": 0.1}
 FIXED = {"learning_rate": 0.3, "momentum": 0.5, "damping": 0.1}
 
 
+@pytest.mark.variants("dense-settings0")
 @pytest.mark.parametrize(
     ("case", "settings"),
     [
@@ -139,6 +140,7 @@ def test_steps_equal_those_of_keras_3(case, settings):
     np.testing.assert_allclose(weights(first), weights(second), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "activation"),
     [
@@ -161,6 +163,7 @@ def test_compiled_losses_have_the_heads_of_keras_3(loss, activation):
     np.testing.assert_allclose(weights(first), weights(second), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_regularizer_is_curvature_as_in_keras_3():
     def layers(package):
         kind = tf_keras if package is K2 else keras
@@ -177,6 +180,7 @@ def test_a_regularizer_is_curvature_as_in_keras_3():
     np.testing.assert_allclose(weights(first), weights(second), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", ["eager", "graph", pytest.param("xla", marks=pytest.mark.slow)]
 )
@@ -225,6 +229,7 @@ class Custom(tf_keras.Model):
         return self.logits(scale * tf.tanh(hidden))
 
 
+@pytest.mark.slow
 def test_a_subclassed_model_that_is_built_by_fit():
     model = Custom()
     optimizer = KFAC().attach(model)
@@ -240,6 +245,7 @@ def test_a_subclassed_model_that_is_built_by_fit():
     ]
 
 
+@pytest.mark.slow
 def test_a_training_loop_needs_no_minimize():
     first, second = network(), network()
     second.set_weights(first.get_weights())
@@ -263,6 +269,7 @@ def test_a_training_loop_needs_no_minimize():
     np.testing.assert_allclose(weights(first), weights(second), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_of_tf_keras_counts():
     schedule = tf_keras.optimizers.schedules.PiecewiseConstantDecay(
         [0], [0.5, 0.0]
@@ -285,6 +292,7 @@ def test_the_learning_rate_of_tf_keras_counts():
     np.testing.assert_array_equal(weights(model), after)
 
 
+@pytest.mark.slow
 def test_a_factor_of_the_automatic_learning_rate():
     model, optimizer = compiled(
         learning_rate=0.0, automatic=True, momentum=0.0, damping=0.1
@@ -305,6 +313,7 @@ def train(model, steps):
         model.train_on_batch(vectors(), labels())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes_exactly(tmp_path):
     model, optimizer = compiled()
     train(model, 3)
@@ -320,6 +329,7 @@ def test_a_checkpoint_resumes_exactly(tmp_path):
     np.testing.assert_array_equal(weights(again), weights(model))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_restored_into_a_model_that_fit_builds(tmp_path):
     def make():
         model = Custom()
@@ -338,6 +348,7 @@ def test_a_checkpoint_is_restored_into_a_model_that_fit_builds(tmp_path):
     np.testing.assert_array_equal(weights(again), weights(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.keras", "model.h5"])
 def test_a_saved_model_resumes_exactly(tmp_path, name):
     model, optimizer = compiled()
@@ -352,6 +363,7 @@ def test_a_saved_model_resumes_exactly(tmp_path, name):
     np.testing.assert_array_equal(weights(again), weights(model))
 
 
+@pytest.mark.slow
 def test_a_saved_folder_has_the_model_and_the_plan(tmp_path):
     # As with every optimizer of tf_keras, its state is not in the folder.
     model, optimizer = compiled()
@@ -366,6 +378,7 @@ def test_a_saved_folder_has_the_model_and_the_plan(tmp_path):
     assert np.abs(weights(again) - before).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_export_while_attached(tmp_path):
     model, _ = compiled()
     train(model, 1)
@@ -395,6 +408,7 @@ def test_config_rebuilds_the_optimizer():
 # -- What it leaves alone, and what it refuses -------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_is_recorded_outside_training_and_nothing_stays():
     model, optimizer = compiled()
     train(model, 1)
@@ -415,6 +429,7 @@ def network_of(model, optimizer):
     return model
 
 
+@pytest.mark.slow
 def test_unsupported_layers_fall_back():
     model = tf_keras.Sequential(
         [
@@ -446,6 +461,7 @@ class Scale(K2.Layer):
         return inputs @ self.w
 
 
+@pytest.mark.slow
 def test_a_layer_of_ones_own_can_be_registered():
     @register_layer(Scale)
     def describe(layer):

@@ -115,6 +115,7 @@ def test_moments_are_those_of_the_patches(name, float64):
         )
 
 
+@pytest.mark.variants("strides-1d", "dilated")
 @each_geometry
 def test_whitening_keeps_the_outputs_in_float32(name):
     model, x = network(name)
@@ -302,6 +303,7 @@ def test_saved_file_holds_the_canonical_weights(float64):
         layer.load_own_variables({"0": store["kernel"]})
 
 
+@pytest.mark.variants("False")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_in_a_graph(jit_compile, float64):
     """With images and batches of unknown size.

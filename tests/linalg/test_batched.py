@@ -13,6 +13,7 @@ def matrices(count, size, seed=0):
     return roots @ np.swapaxes(roots, 1, 2)
 
 
+@pytest.mark.variants("False-4-5", "False-1-150", "True-1-5")
 @pytest.mark.parametrize(("count", "size"), [(4, 5), (1, 5), (1, 150), (2, 40)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_inverses(count, size, compiled):

@@ -181,6 +181,7 @@ def test_causal_padding_and_wrong_one():
         padded(images, window, "full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("spatial", [(6, 5), (None, None)])
 def test_unknown_sizes_in_a_graph(jit_compile, spatial):

@@ -57,6 +57,7 @@ def test_root_of_the_inverse(size):
     assert not bool(result.succeeded)
 
 
+@pytest.mark.variants("1-graph", "129-graph", "300-graph")
 @pytest.mark.parametrize("mode", ["graph", "xla"])
 @pytest.mark.parametrize("size", [1, 128, 129, 160, 300, 513])
 def test_inverse_by_blocks(mode, size):

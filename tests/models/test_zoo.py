@@ -42,6 +42,7 @@ def losses_of(model, x, y, steps=STEPS):
     return model.fit(x, y, epochs=steps, **fit).history["loss"]
 
 
+@pytest.mark.variants("resnet")
 @pytest.mark.parametrize("name", ZOO)
 def test_trains(name):
     case = ZOO[name]()

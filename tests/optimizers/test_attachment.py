@@ -30,6 +30,7 @@ def captured(optimizer):
     return {layer.path.split("/")[-1] for layer in plan.layers}
 
 
+@pytest.mark.variants("kfac", "natural_gradient")
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_frozen_layers_need_a_new_optimizer(make):
     x, y = data()
@@ -44,12 +45,14 @@ def test_frozen_layers_need_a_new_optimizer(make):
     assert_equal(weights(model), before)
 
 
+@pytest.mark.variants("attach")
 @pytest.mark.parametrize("again", ["attach", "callback"])
 def test_attaching_again_keeps_what_was_given(again):
     x, y = data()
     model, head = named(), kng.heads.Categorical()
     optimizer = kng.KFAC().attach(model, head=head, exclude=["hidden"])
-    model.compile(optimizer, "sparse_categorical_crossentropy")
+    loss = "sparse_categorical_crossentropy"
+    model.compile(optimizer, loss, run_eagerly=True)
     callbacks = []
     if again == "attach":
         optimizer.attach(model)
@@ -75,7 +78,7 @@ def test_another_model_starts_anew():
 def test_the_callback_excludes():
     x, y = data()
     model = named()
-    model.compile(kng.KFAC(), "mse")
+    model.compile(kng.KFAC(), "mse", run_eagerly=True)
     attach = kng.callbacks.Attach(exclude=["last"])
     with pytest.warns(UserWarning, match="last"):
         model.fit(x, np.eye(3)[y], verbose=0, callbacks=[attach])
@@ -84,7 +87,9 @@ def test_the_callback_excludes():
 
 def test_a_head_that_comes_late_counts():
     x, y = data()
-    model = compiled(named(), loss="mse", run_eagerly=False)
+    # Two graphs are traced; those of a constant damping are small.
+    optimizer = kng.KFAC(0.1, momentum=0.0, damping=0.1)
+    model = compiled(named(), optimizer, "mse", run_eagerly=False)
     model.train_on_batch(x, np.eye(3)[y])
     assert "Normal" in model.optimizer.loss_rows()[0][1]
     model.optimizer.attach(model, head=kng.heads.Bernoulli())
@@ -102,6 +107,7 @@ def test_layers_that_are_excluded_late():
     model.train_on_batch(x, y)
 
 
+@pytest.mark.variants("kfac")
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_another_model_with_the_same_optimizer(make):
     """`fit` says so; it does not speak of loops of one's own."""

@@ -36,6 +36,12 @@ def assert_like_sgd(left, right):
     assert_close(weights(left), weights(right), 1e-3, 1e-6)
 
 
+@pytest.mark.variants(
+    "plain",
+    "clipvalue",
+    "use_ema-ema_momentum-ema_overwrite_frequency",
+    "gradient_accumulation_steps-clipnorm",
+)
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -104,6 +110,7 @@ def test_weight_decay_with_default_arguments():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"learning_rate": 0.1}])
 def test_loss_scale_factor_does_not_matter(float64, arguments):
     """A power of two scales without rounding, curvature included."""
@@ -112,6 +119,7 @@ def test_loss_scale_factor_does_not_matter(float64, arguments):
     assert_close(weights(left), weights(right), 1e-9, 1e-12)
 
 
+@pytest.mark.variants("clipnorm")
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -156,6 +164,7 @@ def test_gradient_accumulation_is_one_large_batch(float64):
     assert_close(weights(whole), weights(halves), 0.05, 1e-3)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_in_a_graph(float64):
     left, right = (
         run(kng.KFAC(gradient_accumulation_steps=2), run_eagerly=eagerly)
@@ -187,6 +196,7 @@ def test_learning_rate_schedule(float64):
     )
 
 
+@pytest.mark.slow
 def test_learning_rate_callable(float64):
     left = run(kng.KFAC(lambda: 0.1, damping=0.1))
     right = run(kng.KFAC(0.1, damping=0.1))

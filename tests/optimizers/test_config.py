@@ -103,6 +103,7 @@ def test_get_config_does_not_change_with_training():
     assert model.optimizer.get_config() == before
 
 
+@pytest.mark.variants("auto")
 @pytest.mark.parametrize("name", DAMPINGS)
 def test_restored_optimizer_continues(name, float64):
     """Config and variables are all there is."""

@@ -24,6 +24,7 @@ from tests.training.networks import (
 FIT = {"batch_size": 8, "shuffle": False, "verbose": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run_eagerly", [True, False])
 @pytest.mark.parametrize(
     "kwargs",
@@ -64,6 +65,7 @@ def test_saved_and_resumed_bit_for_bit(tmp_path):
     assert_equal(state(loaded), state(model))
 
 
+@pytest.mark.slow
 def test_async_learns_and_counts():
     x, y = data(64)
     model = compiled(mlp(), kng.KFAC(refresh_where="async"), run_eagerly=False)
@@ -141,6 +143,7 @@ def test_training_goes_on_with_the_old_inverses(monkeypatch):
     assert any(np.any(a != b) for a, b in zip(after, before, strict=True))
 
 
+@pytest.mark.slow
 def test_staleness_is_bounded(monkeypatch):
     """The step that would be the eleventh without new inverses waits."""
     model, steps = trained()
@@ -186,6 +189,7 @@ def test_a_failed_refresh_keeps_the_inverse_and_is_counted():
     assert optimizer.statistics["failures"] > 0
 
 
+@pytest.mark.slow
 def test_custom_loop():
     x, y = data()
     head = kng.heads.Categorical()

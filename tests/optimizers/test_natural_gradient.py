@@ -35,12 +35,13 @@ def problem(name):
 def train(name, steps=20, **kwargs):
     model, loss, x, y = problem(name)
     optimizer = kng.NaturalGradient(**kwargs).attach(model)
-    model.compile(optimizer, loss)
+    model.compile(optimizer, loss, run_eagerly=True)
     for _ in range(steps):
         model.train_on_batch(x, y)
     return weights(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 @pytest.mark.parametrize("name", ["normal", "categorical", MIXED])
 def test_primal_and_dual_agree_for_twenty_steps(name, momentum, float64):
@@ -52,6 +53,7 @@ def test_primal_and_dual_agree_for_twenty_steps(name, momentum, float64):
     assert_close(train(name, solver=CG, **kwargs), dual, 1e-7, 1e-9)
 
 
+@pytest.mark.variants("kernel")
 @pytest.mark.parametrize("solver", ["kernel", "dense", CG])
 def test_step_with_regularizer_equals_numpy(solver, float64):
     """`(F + λI)⁻¹ (∇ + c w)`: the penalty is no part of the residuals."""
@@ -71,7 +73,7 @@ def test_step_with_regularizer_equals_numpy(solver, float64):
         [np.vstack([penalty * k, 0 * b[None]]).ravel() for k, b in pairs(model)]
     )
     optimizer = kng.NaturalGradient(1.0, 0.05, solver).attach(model)
-    model.compile(optimizer, loss)
+    model.compile(optimizer, loss, run_eagerly=True)
     model.train_on_batch(x, y)
     step = np.linalg.solve(dense + 0.05 * np.eye(len(flat)), gradient + decay)
     found = np.concatenate([np.vstack(p).ravel() for p in pairs(model)])
@@ -96,6 +98,7 @@ def sum_of_gradients(trace, cotangents):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["kernel", "dense"])
 def test_float32_is_close_to_float64(solver):
     """To a few digits: the rounding unit over the relative damping."""
@@ -121,24 +124,25 @@ def test_norm_constraint(float64):
     )
     before = np.concatenate([np.vstack(p).ravel() for p in pairs(model)])
     optimizer = kng.NaturalGradient(damping=1e-3, norm_constraint=1e-4)
-    model.compile(optimizer.attach(model), loss)
+    model.compile(optimizer.attach(model), loss, run_eagerly=True)
     model.train_on_batch(x, y)
     after = np.concatenate([np.vstack(p).ravel() for p in pairs(model)])
     step = after - before
     np.testing.assert_allclose(step @ dense @ step, 1e-4, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_line_search_takes_the_best_power_of_two(float64):
     losses = {}
     for power in range(8):
         model, loss, x, y = problem("normal")
         optimizer = kng.NaturalGradient(2.0**-power, 1e-4).attach(model)
-        model.compile(optimizer, loss)
+        model.compile(optimizer, loss, run_eagerly=True)
         model.train_on_batch(x, y)
         losses[2.0**-power] = model.evaluate(x, y, verbose=0)
     model, loss, x, y = problem("normal")
     optimizer = kng.NaturalGradient(kng.LineSearch(), 1e-4).attach(model)
-    model.compile(optimizer, loss)
+    model.compile(optimizer, loss, run_eagerly=True)
     model.train_on_batch(x, y)
     best = min(losses, key=losses.get)
     assert optimizer.statistics["learning_rate"] == best
@@ -164,6 +168,7 @@ def test_a_step_that_raises_the_loss_is_taken_back(float64):
     assert all(a >= b - 1e-9 for a, b in zip(losses, losses[1:], strict=False))
 
 
+@pytest.mark.variants("spring")
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -179,7 +184,7 @@ def test_a_step_taken_back_leaves_the_previous_direction(kwargs, float64):
         initial=1.0, period=1, minimum=0.0, inverse_ratio=1.0
     )
     optimizer = kng.NaturalGradient(damping=rule, **kwargs).attach(model)
-    model.compile(optimizer, loss)
+    model.compile(optimizer, loss, run_eagerly=True)
 
     def previous():
         return [
@@ -204,12 +209,13 @@ def test_a_step_taken_back_leaves_the_previous_direction(kwargs, float64):
     assert all(np.any(new != old) for new, old in moved)
 
 
+@pytest.mark.slow
 def test_loss_times_a_thousand_is_the_same_run(float64):
     results = []
     for scale in (None, 1000.0):
         model, loss, x, y = problem("normal")
         optimizer = kng.NaturalGradient().attach(model)
-        model.compile(optimizer, loss, loss_weights=scale)
+        model.compile(optimizer, loss, loss_weights=scale, run_eagerly=True)
         for _ in range(10):
             model.train_on_batch(x, y)
         results.append(weights(model))
@@ -226,6 +232,7 @@ def test_other_fishers_train(kind):
     assert model.evaluate(x, y, verbose=0) < 0.6 * before
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_captured_train():
     x, y = data(32)
     model = keras.Sequential(
@@ -250,6 +257,7 @@ def test_memory_beyond_the_bound_is_refused_before_it_is_taken():
         model.train_on_batch(x, y)
 
 
+@pytest.mark.slow
 def test_auto_falls_back_to_conjugate_gradients():
     x, y = data()
     optimizer = kng.NaturalGradient(max_elements=1000)
@@ -299,6 +307,7 @@ def test_bad_arguments(kwargs, name):
         kng.NaturalGradient(**kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "diagonal", "kronecker"])
 def test_preconditioned_conjugate_gradients_reach_the_solution(kind, float64):
     solver = kng.solvers.ConjugateGradient(400, 0.0, 0.0, kind)
@@ -308,6 +317,7 @@ def test_preconditioned_conjugate_gradients_reach_the_solution(kind, float64):
     assert_close(found, dual, 1e-7, 1e-9)
 
 
+@pytest.mark.slow
 def test_kronecker_preconditioner_saves_iterations(float64):
     """On a badly scaled problem, few iterations already go further."""
     losses = {}

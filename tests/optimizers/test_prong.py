@@ -99,6 +99,7 @@ def test_a_step_equals_the_closed_identity(form, damping, relative, float64):
             np.testing.assert_allclose(matrix, each, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.variants("True-0.0", "False-0.0")
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_both_forms_agree(momentum, use_bias, float64):
@@ -218,7 +219,7 @@ def test_any_loss_without_a_warning(recwarn):
     def loss(y_true, y_pred):
         return tf.reduce_mean(tf.abs(y_pred) ** 1.5, axis=-1)
 
-    model.compile(optimizer, loss=loss)
+    model.compile(optimizer, loss=loss, run_eagerly=True)
     first = model.evaluate(x, y, verbose=0)
     model.fit(x, y, epochs=3, verbose=0)
     assert model.evaluate(x, y, verbose=0) < first

@@ -115,6 +115,7 @@ def test_a_step_equals_the_definition(form, damping, relative, steps, float64):
             np.testing.assert_allclose(matrix, each, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.variants("True-0.0", "False-0.0")
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_both_forms_agree(momentum, use_bias, float64):

@@ -37,6 +37,7 @@ def built(optimizer, **kwargs):
     return model
 
 
+@pytest.mark.variants("kfac")
 @pytest.mark.parametrize("name", RULES)
 def test_constant_damping(name, float64):
     """Three steps are those of the raised damping, written out."""
@@ -50,6 +51,7 @@ def test_constant_damping(name, float64):
     assert_close(weights(raised), weights(written), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.variants("eager")
 @MODES
 def test_between_steps(mode, float64):
     """The inverses in use are renewed, in the trace that there is."""
@@ -86,6 +88,7 @@ def test_schedule(name, float64):
     np.testing.assert_allclose(found, [4.0, 2.0, 1.0], rtol=1e-6)
 
 
+@pytest.mark.variants("0-kfac")
 @pytest.mark.parametrize("name", ["kfac", "natural_gradient"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_adaptive_damping(name, steps_before, float64):

@@ -73,6 +73,7 @@ def test_averages_are_not_mixed_up():
         np.testing.assert_allclose(by_layer, common, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_smaller_last_batch_in_between():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(300, 3)), rng.normal(size=(300, 1))

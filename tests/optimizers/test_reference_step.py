@@ -184,6 +184,7 @@ def check_steps(
     return optimizer, reference
 
 
+@pytest.mark.variants("mse")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_everything_automatic(loss):
     settings = dataclasses.replace(DEFAULTS)
@@ -214,6 +215,7 @@ def test_one_coefficient_from_the_model(rate, momentum):
     check_steps(mlp([3, 4, 3]), settings, "categorical")
 
 
+@pytest.mark.variants("fixed")
 @pytest.mark.parametrize(
     ("rate", "damping", "eager"),
     [(0.3, 0.25, True), (None, MODEL_RULE, True), (0.3, MODEL_RULE, False)],
@@ -278,6 +280,7 @@ def test_norm_constraint(rate):
     check_steps(mlp([3, 4, 3]), settings, "categorical")
 
 
+@pytest.mark.variants("automatic-expand", "l2-reduce")
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize(
     "settings",
@@ -299,6 +302,7 @@ def test_damping_in_the_units_of_the_features(settings, weight_sharing):
     assert reference.metrics[0].max() == 1.0
 
 
+@pytest.mark.slow
 def test_averaged_quadratic_model():
     settings = dataclasses.replace(
         DEFAULTS, damping=1.0, model_period=2, model_decay=0.4
@@ -313,6 +317,7 @@ def test_averaged_quadratic_model():
     assert not np.allclose(plain, averaged, rtol=1e-6)
 
 
+@pytest.mark.variants("eager-None-mse")
 @pytest.mark.parametrize("loss", ["mse", "bernoulli"])
 @pytest.mark.parametrize("momentum", [None, 0.5, 0.0])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
@@ -347,6 +352,7 @@ def test_a_rate_for_each_layer(loss, momentum, eager):
     assert (reference.bounded == 0) == free
 
 
+@pytest.mark.variants("eager-None-bernoulli")
 @pytest.mark.parametrize("loss", ["mse", "bernoulli"])
 @pytest.mark.parametrize("momentum", [None, 0.5, 0.0])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
@@ -381,6 +387,7 @@ def test_sample_weights(loss):
     check_steps(mlp([3, 4, 3]), DEFAULTS, loss, steps=3, sample_weight=True)
 
 
+@pytest.mark.variants("sequence-expand", "pooled-expand")
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("pool", [False, True], ids=["sequence", "pooled"])
 def test_sequences(weight_sharing, pool):

@@ -56,6 +56,7 @@ def flat_jacobian(function, variables):
     return np.stack(columns, axis=1)
 
 
+@pytest.mark.variants("kernel-True", "dense-True")
 @pytest.mark.parametrize("points", [True, False])
 @pytest.mark.parametrize("solver", ["kernel", "dense"])
 def test_step_equals_gauss_newton(solver, points, float64):
@@ -91,6 +92,7 @@ def test_step_equals_gauss_newton(solver, points, float64):
     np.testing.assert_allclose(after, before - step, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.variants("auto-graph")
 @pytest.mark.parametrize(
     "mode", ["graph", pytest.param("xla", marks=pytest.mark.slow)]
 )

@@ -49,6 +49,7 @@ def velocities(optimizer):
     return [v.numpy() for v in found]
 
 
+@pytest.mark.variants("eager")
 @pytest.mark.parametrize(
     "mode",
     [

@@ -231,6 +231,7 @@ class EigenReference(Reference):
             )
 
 
+@pytest.mark.variants("eager")
 @pytest.mark.parametrize(
     "mode", ["eager", "graph", pytest.param("xla", marks=pytest.mark.slow)]
 )
@@ -274,6 +275,7 @@ def test_steps_with_a_shared_eigenbasis(mode, float64):
     assert "tanh, 5² basis for" in lines[0]
 
 
+@pytest.mark.slow
 def test_shared_eigenbasis_is_saved_and_continues(tmp_path):
     x, y = data()
     options = dict(max_metric_elements=30, shared="eigen")
@@ -320,6 +322,7 @@ def test_setting_of_the_authors(float64):
     assert optimizer.statistics["refreshes"] == 3
 
 
+@pytest.mark.variants("1048576-mode0")
 @pytest.mark.parametrize(
     ("bound", "mode"),
     [
@@ -393,6 +396,7 @@ def test_variables_without_a_layer_follow_their_gradient(float64):
         np.testing.assert_allclose(left, right, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_batch_normalization():
     x, y = data(64)
     model = keras.Sequential(

@@ -38,6 +38,7 @@ def test_statistics():
     assert all(isinstance(v, (int, float)) for v in statistics.values())
 
 
+@pytest.mark.variants("True")
 @pytest.mark.parametrize("run_eagerly", [True, False])
 def test_logged_by_fit(run_eagerly, tmp_path):
     x, y = data()

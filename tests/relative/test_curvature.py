@@ -112,6 +112,7 @@ def test_a_layer_by_its_own_response(activation):
         )
 
 
+@pytest.mark.variants(12)
 @pytest.mark.parametrize("own", ["tanh", "sigmoid", "elu", "relu"])
 @pytest.mark.parametrize("top", TOPS)
 def test_a_layer_by_the_response_of_the_next(top, own):

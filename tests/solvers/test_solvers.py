@@ -123,6 +123,7 @@ def test_conjugate_gradient_without_damping(matrix_factor, matrix):
     )
 
 
+@pytest.mark.variants("full-fewer-kernel", "deficient-fewer-kernel")
 @pytest.mark.parametrize("name", SOLVERS)
 def test_compiled(matrix_factor, matrix, name):
     u, r, s = vectors(matrix.shape[1])

@@ -21,6 +21,7 @@ def regression(**kwargs):
     return compiled(loss="mse", **kwargs)
 
 
+@pytest.mark.variants("True-nan")
 @pytest.mark.parametrize(
     ("run_eagerly", "value"),
     [(True, np.nan), (True, np.inf), (False, np.nan)],
@@ -87,6 +88,7 @@ def test_a_bad_batch_with_weight_decay():
     assert_equal(weights(model), before)
 
 
+@pytest.mark.variants("0")
 @pytest.mark.parametrize("position", [0, 1])
 def test_a_bad_batch_among_accumulated_ones(position):
     x, y = data()
@@ -104,6 +106,7 @@ def test_a_bad_batch_among_accumulated_ones(position):
     assert np.all(np.isfinite(losses)) and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_nan_targets_in_a_graph():
     x, _ = data()
     y = x[:, :3].copy()
@@ -151,6 +154,7 @@ def test_targets_outside_the_support_raise_eagerly():
         model.train_on_batch(x, bad)
 
 
+@pytest.mark.slow
 def test_targets_outside_the_support_are_skipped_in_a_graph():
     x, y, bad = outside()
     model = bernoulli(run_eagerly=False)
@@ -203,6 +207,7 @@ def test_head_that_does_not_fit_the_output(given):
         model.train_on_batch(x, np.zeros((24, 1)))
 
 
+@pytest.mark.variants("2-nan")
 @pytest.mark.parametrize("kind", ["nan", "weightless"])
 @pytest.mark.parametrize("count", [2, 40])
 def test_many_bad_batches_in_a_row(kind, count):
@@ -247,6 +252,7 @@ def test_a_good_batch_between_bad_ones():
     assert model.evaluate(x, y, verbose=0) < 0.5 * first
 
 
+@pytest.mark.variants("True")
 @pytest.mark.parametrize("run_eagerly", [True, False])
 def test_an_empty_batch(run_eagerly):
     x, y = data()

@@ -33,6 +33,7 @@ def custom_loop(model, optimizer, in_graph):
     return tf.function(step) if in_graph else step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
 def test_equals_fit(in_graph):
     x, y = data()
@@ -109,6 +110,7 @@ class OwnStep(keras.Sequential):
         return {"own_loss": loss}
 
 
+@pytest.mark.variants("True")
 @pytest.mark.parametrize("run_eagerly", [True, False])
 def test_model_class_with_its_own_step(run_eagerly):
     x, y = data()

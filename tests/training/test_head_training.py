@@ -94,23 +94,8 @@ def train(head, x, y, truth, steps=60, distance=3.0, **compile_options):
     return model, optimizer
 
 
-# The rest is long; these have each kind of Fisher matrix.
-QUICK = ("normal", "gamma", "negative_binomial", "mvn", "dirichlet")
-
-
-def marked(names, quick):
-    """The names as parameters, slow but for the quick ones."""
-    return [
-        pytest.param(
-            name, marks=() if name in quick else pytest.mark.slow, id=name
-        )
-        for name in names
-    ]
-
-
-@pytest.mark.parametrize(
-    "name", marked(HEADS, (*QUICK, "categorical", "mixture", "joint"))
-)
+@pytest.mark.variants("categorical")
+@pytest.mark.parametrize("name", HEADS)
 def test_default_kfac_finds_the_maximum_of_the_likelihood(name):
     """From a bad start to at least the likelihood of the truth."""
     head, x, y, truth = problem(name)
@@ -125,10 +110,11 @@ def test_default_kfac_finds_the_maximum_of_the_likelihood(name):
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     # XLA draws other samples for the mixture.
-    marked([name for name in HEADS if name != "mixture"], QUICK[:2]),
+    [name for name in HEADS if name != "mixture"],
 )
 def test_modes_agree(name):
     """Steps in XLA and in eager mode are those of the graph."""

@@ -97,6 +97,7 @@ def models(make, count):
     return result
 
 
+@pytest.mark.variants("transformer")
 def test_trains_without_a_fallback(task, recwarn):
     make, x, y = task
     model = compiled(make())
@@ -129,6 +130,7 @@ def test_eager_graph_and_xla_agree(task, float64):
     assert losses[0][-1] < losses[0][0]
 
 
+@pytest.mark.slow
 def test_last_batch_is_smaller(float64):
     """A graph that does not know the batch size equals eager steps."""
     x, y = next_tokens(20)
@@ -141,6 +143,7 @@ def test_last_batch_is_smaller(float64):
     assert_close(*map(weights, trained), 1e-9, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_saved_and_resumed_bit_for_bit(task, name, tmp_path):
     make, x, y = task
@@ -225,6 +228,7 @@ def test_half_precision(task, policy):
     assert np.all(np.isfinite(losses)) and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_frozen_layers(task):
     make, x, y = task
     model = make()
@@ -253,6 +257,7 @@ def test_tied_weights_are_captured(capsys):
     assert "captured 100.0%" in table
 
 
+@pytest.mark.slow
 def test_tied_weights_with_a_chosen_block():
     x, y = next_tokens()
     for chosen in ("diagonal", "kronecker", "kfac", "ekfac", "full"):
@@ -265,6 +270,7 @@ def test_tied_weights_with_a_chosen_block():
         assert own in kinds
 
 
+@pytest.mark.slow
 def test_tied_weights_refreshed_on_the_host(float64):
     x, y = next_tokens()
     trained = [
@@ -291,6 +297,7 @@ def test_tied_weights_that_are_excluded():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [kng.NaturalGradient, kng.PRONG, kng.RNGD])
 def test_tied_weights_under_other_optimizers(make, recwarn):
     """They take the layer as they did: by its Jacobian, or a fallback."""
@@ -303,6 +310,7 @@ def test_tied_weights_under_other_optimizers(make, recwarn):
     assert [e.layer_class for e in plan.layers].count("Dense") == 1
 
 
+@pytest.mark.slow
 def test_products_of_tied_weights(float64):
     """The estimate of `δᵀFδ`, over the columns of L, is the product."""
     model = language()

@@ -101,6 +101,7 @@ def fallback_warnings(records):
     return [r for r in records if FALLBACK in str(r.message)]
 
 
+@pytest.mark.variants("squared_hinge")
 @pytest.mark.parametrize("name", CASES)
 def test_training(name):
     """Twelve default steps, with exactly one warning that names the loss."""
@@ -171,6 +172,7 @@ def test_modes_agree():
     assert_close(found["xla"], found["graph"], 5e-3, 5e-3)
 
 
+@pytest.mark.variants("eager")
 @pytest.mark.parametrize("mode", MODES)
 def test_ctc(mode):
     """Frames of a sequence; the time axis is dynamic in a graph."""
@@ -240,6 +242,7 @@ def test_a_registered_loss_comes_first(registry, registered, loss):
     assert "Laplace(scale=2.0); exact, closed form" in text
 
 
+@pytest.mark.variants("exact-exact", "estimated-exact")
 @pytest.mark.parametrize("kind", ["exact", "propagated", "sampled"])
 @pytest.mark.parametrize("model", ["exact", "estimated"])
 def test_every_kind_of_fisher_is_the_empirical_one(kind, model, float64):
@@ -280,6 +283,7 @@ def test_the_empirical_fisher_is_no_fallback_where_it_is_asked_for(loss):
     assert "empirical, at the observed targets" in summary_of(optimizer)
 
 
+@pytest.mark.variants("power")
 @pytest.mark.parametrize("loss", [power, one_number, "hinge", "mape"])
 def test_the_scale_of_the_loss_does_not_matter(loss, float64):
     x, y = problem("away")
@@ -329,6 +333,7 @@ def summary_of(optimizer):
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_several_outputs_and_their_summary():
     x, y = data()
     targets = {"label": y, "margin": np.sign(x[:, :3]), "value": x[:, :3]}
@@ -403,6 +408,7 @@ def test_summary_of_a_subclassed_model():
     assert "surrogate: Bernoulli for hinge" in summary_of(optimizer)
 
 
+@pytest.mark.slow
 def test_sequences_of_any_length_with_a_mask():
     """Values per position, masked as Keras masks them."""
     rng = np.random.default_rng(0)

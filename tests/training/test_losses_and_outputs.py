@@ -58,6 +58,7 @@ def losses_of(named=True):
     return [cross_entropy(), "mse"]
 
 
+@pytest.mark.variants("False-True")
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_several_inputs_and_outputs(named, weighted):
@@ -73,6 +74,7 @@ def test_several_inputs_and_outputs(named, weighted):
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]
 
 
+@pytest.mark.slow
 def test_several_outputs_in_a_graph_with_metrics():
     x, y = two_headed_data()
     model = compiled(
@@ -188,6 +190,7 @@ def test_penalties_are_in_the_gradient(float64):
     assert_close(weights(model), weights(reference), 1e-3, 1e-6)
 
 
+@pytest.mark.slow
 def test_penalties_with_default_arguments():
     x, y = data()
     model = compiled(with_penalties())
@@ -214,6 +217,7 @@ def test_l2_regularizer_shrinks_towards_zero():
     assert norms[-1] < 0.2 * norms[0]
 
 
+@pytest.mark.variants("mse-None-real")
 @pytest.mark.parametrize(
     ("loss", "last", "targets"),
     [
@@ -246,12 +250,14 @@ def test_losses_by_name(loss, last, targets):
     assert values[-1] - floor < 0.7 * (values[0] - floor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["loss_weights", "sample_weight", "sum"])
 def test_the_scale_of_the_loss_does_not_matter(how):
     """float32: up to rounding, over twenty steps with default arguments."""
     check_scale(how, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_scale_of_the_loss_does_not_matter_float64(float64):
     check_scale("loss_weights", rtol=1e-6, atol=1e-9)
 

@@ -104,6 +104,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.variants("fit-sequential", "train_on_batch-sequential")
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("how", ["fit", "train_on_batch"])
 def test_trains(make, how, recwarn):
@@ -120,6 +121,7 @@ def test_trains(make, how, recwarn):
     assert not [w for w in recwarn if "fallback" in str(w.message)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [unbuilt_sequential, WithTraining], ids=lambda make: make.__name__
 )
@@ -191,6 +193,7 @@ def test_clone_with_a_new_optimizer():
     model.train_on_batch(x, y)  # The old pair still works.
 
 
+@pytest.mark.slow
 def test_two_models_train_side_by_side():
     x, y = data()
     pairs = [compiled(sequential()) for _ in range(2)]
@@ -218,6 +221,7 @@ def unsupported():
     )
 
 
+@pytest.mark.variants("diagonal")
 @pytest.mark.parametrize("fallback", ["diagonal", "first_order"])
 def test_unsupported_layers_fall_back_with_one_warning(fallback, recwarn):
     x, y = data()
@@ -233,6 +237,7 @@ def test_unsupported_layers_fall_back_with_one_warning(fallback, recwarn):
         assert np.any(old != new)
 
 
+@pytest.mark.slow
 def test_unsupported_layers_in_a_graph_warn_once(recwarn):
     x, y = data()
     model = compiled(unsupported(), run_eagerly=False)

@@ -51,6 +51,7 @@ def losses_of(model, steps=6):
     return [float(model.train_on_batch(x, y)) for _ in range(steps)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:These variables")
 @pytest.mark.parametrize(
     "name",
@@ -66,6 +67,7 @@ def test_trains_alike_eagerly_and_in_a_graph(name, float64):
     np.testing.assert_allclose(graph, eager, rtol=1e-6)
 
 
+@pytest.mark.variants("lstm")
 @pytest.mark.filterwarnings("ignore:These variables")
 @pytest.mark.parametrize("name", ["lstm", "bidirectional"])
 def test_trains(name):
@@ -86,6 +88,7 @@ def test_compiles_under_xla(float64):
     np.testing.assert_allclose(*results, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:These variables")
 def test_unknown_length(float64):
     """A TimeDistributed layer of any length is captured in a graph."""

@@ -112,6 +112,7 @@ def numpy_gradient(values):
 # ---- Training --------------------------------------------------------------
 
 
+@pytest.mark.variants("graph")
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_fit_solves_the_equation(mode):
     model = make_model(**mode)
@@ -124,6 +125,7 @@ def test_fit_solves_the_equation(mode):
     np.testing.assert_allclose(model.predict(x, verbose=0), np.exp(x), rtol=0.1)
 
 
+@pytest.mark.variants("eager")
 @pytest.mark.parametrize(
     ("mode", "settings"),
     [
@@ -207,6 +209,7 @@ def test_evaluate_reports_the_loss_and_changes_nothing():
     assert set(history) == {"loss", "val_loss"}
 
 
+@pytest.mark.variants("False")
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_tensor_is_cut_into_batches(wrapped):
     """One function takes a tensor; `fit` cuts it as any other data."""
@@ -227,6 +230,7 @@ def test_a_tensor_is_cut_into_batches(wrapped):
     assert_close(weights(model), weights(network), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_function_gets_the_element_as_it_is():
     """Nonlinear least squares on inputs and targets."""
     x = make_points(20)[0]

@@ -23,6 +23,7 @@ def run(loss, steps=4, **arguments):
     return model
 
 
+@pytest.mark.variants("sum")
 @pytest.mark.parametrize(
     "reduction", ["sum", "mean_with_sample_weight", "sum_over_batch_size"]
 )
@@ -90,6 +91,7 @@ def test_a_batch_without_any_weight_changes_nothing(first):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.variants("True-False")
 @pytest.mark.parametrize("column", [False, True])
 @pytest.mark.parametrize("eager", [True, False])
 def test_an_ignored_class_is_absent(eager, column, float64):

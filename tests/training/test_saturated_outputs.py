@@ -29,6 +29,7 @@ def network(units, activation=None):
     )
 
 
+@pytest.mark.variants("softmax")
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "logits"])
 def test_saturated_outputs_are_trained(kind):
     """The Fisher is zero to rounding; the loss is far from its minimum."""
@@ -68,6 +69,7 @@ class Broken(kng.heads.Normal):
         return np.nan * super().fisher_factor_product(outputs, vectors)
 
 
+@pytest.mark.variants("True")
 @pytest.mark.parametrize("eager", [True, False])
 def test_a_fisher_that_is_not_finite(eager):
     """Gradient descent is left, with the damping alone."""

@@ -42,6 +42,15 @@ def trained(structure, targets, loss, make=kng.KFAC):
     return weights(model)
 
 
+@pytest.fixture(scope="module")
+def expected():
+    """Weights with a list of targets, by the losses; trained once."""
+    return {
+        losses: trained(as_list, as_list, list(losses))
+        for losses in (("mse", "huber"), ("mse", "mse"))
+    }
+
+
 def as_list(b, a):
     return [b, a]
 
@@ -62,6 +71,7 @@ LOSSES = ["mse", "huber"]
 LOSSES_BY_NAME = {"b": "mse", "a": "huber"}
 
 
+@pytest.mark.variants("kfac", "prong")
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_targets_by_name_for_a_list_of_outputs(make):
     found = trained(as_list, by_name, LOSSES_BY_NAME, make)
@@ -81,15 +91,15 @@ def test_targets_by_name_for_a_list_of_outputs(make):
         ),
     ],
 )
-def test_other_structures(structure, targets, loss):
-    expected = trained(as_list, as_list, LOSSES)
-    assert_equal(trained(structure, targets, loss), expected)
+def test_other_structures(structure, targets, loss, expected):
+    found = trained(structure, targets, loss)
+    assert_equal(found, expected["mse", "huber"])
 
 
 @pytest.mark.parametrize("targets", [by_name, as_tuple])
-def test_one_loss_for_all_outputs(targets):
-    expected = trained(as_list, as_list, ["mse", "mse"])
-    assert_equal(trained(as_list, targets, "mse"), expected)
+def test_one_loss_for_all_outputs(targets, expected):
+    found = trained(as_list, targets, "mse")
+    assert_equal(found, expected["mse", "mse"])
 
 
 @pytest.mark.parametrize(
@@ -158,6 +168,12 @@ def with_added_loss():
     return model, (list(data()[:2]),)
 
 
+@pytest.mark.variants(
+    "with_own_loss-kfac",
+    "with_own_loss-prong",
+    "with_added_loss-kfac",
+    "with_added_loss-prong",
+)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("build", [with_own_loss, with_added_loss])
 def test_no_compiled_loss(build, make):

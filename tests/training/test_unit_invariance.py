@@ -70,6 +70,7 @@ def train_undamped(head, unit):
     return train(head, unit, "float64", 20, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(
     "head",

@@ -1,4 +1,4 @@
-"""The optimizer of Keras 3 on the variables of a tf_keras model."""
+"""The Keras 3 optimizer on the variables of a tf_keras model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from keras_natgrad.optimizers import kfac
 class AdoptedKFAC(kfac.KFAC):
     """`keras_natgrad.KFAC` whose model is one of tf_keras.
 
-    Its variables are `keras.Variable`s that share their value with the
-    model's `tf.Variable`s.
+    Its variables are `keras.Variable`s that share their values with the model's
+    `tf.Variable`s.
     """
 
     @property
@@ -72,7 +72,7 @@ class AdoptedKFAC(kfac.KFAC):
             direction.note_ridge()
 
     def _note_regularizers(self, model: Any, variables: Sequence[Any]) -> None:
-        """Tells the variables of their L2 regularizers, for the curvature."""
+        """Gives the variables their L2 regularizers, for the curvature."""
         found = l2_regularizers(flatten_layers(model))
         for variable in variables:
             variable.regularizer = found.get(variable.value.ref())

@@ -1,4 +1,4 @@
-"""The forward pass of a training step that is not ours."""
+"""The forward pass inside a training step of tf_keras."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_natgrad._compat import flatten_layers
 from keras_natgrad.capture import Taps
 
-# Where a recording `call` keeps the one it stands for.
+# Attribute in which a recording `call` keeps the original one.
 _ORIGINAL = "_keras_natgrad_original"
 
 _NO_FORWARD_PASS = (
@@ -23,17 +23,17 @@ _NO_FORWARD_PASS = (
 )
 _SEVERAL_PASSES = (
     "The attached model was called several times with training=True before "
-    "one step, so it is not clear which call the curvature is that of. "
+    "one step, so it is not clear which call determines the curvature. "
     "Received: model={name!r}"
 )
 
 
 class ForwardPass:
-    """One recorded call of a model; stands for a `CurvatureTape`.
+    """One recorded call of a model, in place of a `CurvatureTape`.
 
-    The tape of the training step belongs to somebody else and is not
-    persistent. A tape of this pass's own records what is needed to send
-    cotangents from the outputs back to the layers.
+    The tape of the training step belongs to tf_keras and is not persistent. A
+    second tape records what is needed to send cotangents from the outputs back
+    to the layers.
 
     Attributes:
         taps: `Taps` on the layers.
@@ -41,8 +41,8 @@ class ForwardPass:
         graph: The graph of the call, `None` for eager execution.
         model_outputs: What the model returned.
         terms: `OutputTerm`s, once known.
-        loss: Scalar loss; zero where nobody says it.
-        objective: `None`: the loss cannot be evaluated again.
+        loss: Scalar loss; zero if it is unknown.
+        objective: `None`, as the loss cannot be evaluated again.
         calls: How often the model was called in this graph.
     """
 
@@ -65,7 +65,7 @@ class ForwardPass:
 
 
 class Recorder:
-    """Keeps the last forward pass of a model until the step takes it."""
+    """Keeps the last forward pass of a model until a step takes it."""
 
     def __init__(self) -> None:
         self._last: ForwardPass | None = None
@@ -73,16 +73,15 @@ class Recorder:
     def install(self, model: Any) -> None:
         """Puts an instance `call` on a model, for its training mode.
 
-        Other modes run as before. The layers have their taps for the time of
-        one call only.
+        Other modes run as before. Taps are on the layers only during a call.
         """
         remove_taps(model)
-        # SavedModel wants a bound method.
+        # SavedModel needs a bound method.
         method = MethodType(self._recording(model.call), model)
         object.__setattr__(model, "call", method)
 
     def take(self, name: str) -> ForwardPass:
-        """Returns the pass that belongs to a step, and forgets it.
+        """Returns the forward pass of a step, and forgets it.
 
         Args:
             name: Name of the model, for the error.
@@ -116,18 +115,18 @@ class Recorder:
 
 
 def remove_taps(model: Any) -> None:
-    """Takes the instance `call` off a model."""
+    """Removes the instance `call` from a model."""
     original = getattr(vars(model).get("call"), _ORIGINAL, None)
     if original is None:
         return
     object.__delattr__(model, "call")
-    # A `call` that somebody else set on the instance comes back.
+    # A `call` that was set on the instance before is restored.
     if getattr(original, "__func__", None) is not type(model).call:
         object.__setattr__(model, "call", original)
 
 
 def _in_training(signature: Any, arguments: Any) -> bool:
-    """Returns whether a call trains; where nobody says, it does."""
+    """Returns whether a call is for training, which is the default."""
     if "training" not in signature.parameters:
         return True
     training = arguments.get("training")

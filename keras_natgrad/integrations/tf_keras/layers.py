@@ -1,8 +1,8 @@
-"""Layers of tf_keras that compute what those of Keras 3 do.
+"""Layers of tf_keras that compute the same as those of Keras 3.
 
-They have the attributes by which the functions of `capture` describe a layer.
-What is not here gets the fallback block; `keras_natgrad.register_layer` takes
-layers of tf_keras as well.
+They have the attributes that the functions of `capture` read. Other layers get
+the fallback block; `keras_natgrad.register_layer` takes layers of tf_keras as
+well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ register_layer(tf_keras.layers.LayerNormalization)(describe_layer_normalization)
 @register_layer(tf_keras.layers.Conv2D)
 @register_layer(tf_keras.layers.Conv3D)
 def describe_convolution(layer: Any) -> LinearMap | None:
-    """The map of a layer; none with a `convolution_op` of its own."""
+    """Describes a layer, unless it overrides `convolution_op`."""
     own = type(layer).convolution_op
     if own is not tf_keras.layers.Conv2D.convolution_op:
         return None
@@ -44,11 +44,11 @@ _PARAMETERS = ("kernel", "bias", "embeddings", "gamma", "beta")
 
 
 def l2_regularizers(layers: Any) -> dict[Any, keras.regularizers.Regularizer]:
-    """Returns L2 regularizers of Keras 3, by reference of the variable.
+    """Returns L2 regularizers of Keras 3, by variable reference.
 
     Args:
-        layers: Layers of tf_keras. Regularizers of other variables than those
-            of the registered layers enter the gradient only.
+        layers: Layers of tf_keras. Regularizers of variables of unregistered
+            layers affect only the gradient.
     """
     found = {}
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Which head the outputs of a tf_keras model have."""
+"""Finds the head for the outputs of a tf_keras model."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _GIVE_A_HEAD = (
 
 
 def output_terms(model: Any, outputs: Any, head: Any) -> Sequence[OutputTerm]:
-    """Returns what the loss is made of, for the Fisher.
+    """Returns the terms of the loss, for the Fisher.
 
     Args:
         model: The attached model.
         outputs: Its outputs.
         head: What `attach` was given. The loss is then the mean of `−log p`
-            over examples; without one the compiled loss says it.
+            over examples; without a head the compiled loss determines it.
 
     Raises:
-        ValueError: If there is no head, and the loss means none.
+        ValueError: If there is no head, and none is known for the loss.
     """
     if head is not None:
         return mean_terms(outputs, head)
@@ -44,7 +44,7 @@ def output_terms(model: Any, outputs: Any, head: Any) -> Sequence[OutputTerm]:
         problem = "The model is not compiled with a loss."
         raise ValueError(_GIVE_A_HEAD.format(problem=problem, loss=loss))
     if isinstance(loss, (list, tuple, dict)) or has_loss_weights(model):
-        problem = "Several losses, and loss weights, mean no head."
+        problem = "Several losses, or loss weights, do not determine a head."
         raise ValueError(_GIVE_A_HEAD.format(problem=problem, loss=loss))
     same = keras_loss(loss)
     found = None if same is None else find_head(same, tuple(outputs.shape))
@@ -56,13 +56,13 @@ def output_terms(model: Any, outputs: Any, head: Any) -> Sequence[OutputTerm]:
 
 
 def keras_loss(loss: Any) -> Any:
-    """Returns the loss of Keras 3 that is the same as one of tf_keras.
+    """Returns the loss of Keras 3 that equals one of tf_keras.
 
     Args:
         loss: A name, a function or a `tf_keras.losses.Loss`.
 
     Returns:
-        A loss or function of Keras 3, or `None` where there is none.
+        A loss or function of Keras 3, or `None`.
     """
     if isinstance(loss, str):
         loss = tf_keras.losses.get(loss)
@@ -70,7 +70,7 @@ def keras_loss(loss: Any) -> Any:
     name = type(loss).__name__ if is_loss else getattr(loss, "__name__", "")
     own = type(loss) if is_loss else loss
     if getattr(tf_keras.losses, name, None) is not own:
-        return None  # One of the user's, or of another package.
+        return None  # Defined by the user or another package.
     if not hasattr(keras.losses, name):
         return None
     if not is_loss:

@@ -28,7 +28,7 @@ _NOT_ATTACHED = (
     "layers whose curvature it needs. Write `optimizer.attach(model)` before "
     "training."
 )
-# Settings of the engine, apart from those that tf_keras optimizers have too.
+# Arguments that tf_keras optimizers have too, and the other ones of the engine.
 _CLIPPING = ("weight_decay", "clipnorm", "clipvalue", "global_clipnorm")
 _SETTINGS = tuple(
     name
@@ -43,22 +43,22 @@ class KFAC(tf_keras.optimizers.Optimizer):
 
     It works in the stock `fit` of tf_keras, and in training loops that call
     `apply_gradients` after one forward pass with `training=True`, as tasks of
-    the TensorFlow Model Garden do. The Fisher counts all examples alike:
-    sample weights enter the gradient only.
+    the TensorFlow Model Garden do. All examples count equally in the Fisher:
+    sample weights affect only the gradient.
 
     The loss is not evaluated again, so an adaptive damping stays where the
-    first batch sets it, apart from steps that are taken back. That needs a
-    loss, which `fit` gives and `apply_gradients` alone does not.
+    first batch sets it, except when a step is taken back. Taking steps back
+    needs the loss, which `fit` provides and `apply_gradients` alone does not.
 
     Args:
         learning_rate: `"auto"` for the minimum of the quadratic model, a float
             or a `tf_keras` schedule. Defaults to `"auto"`.
-        automatic: Whether `learning_rate` is a factor of the automatic one.
-            Defaults to `False`; `"auto"` is a factor of 1.
+        automatic: Whether `learning_rate` multiplies the automatic one.
+            Defaults to `False`; `"auto"` means a factor of 1.
         name: Name of the optimizer.
-        **settings: Arguments of `keras_natgrad.KFAC`: those about curvature,
-            damping and step (not `refresh_where` and `log_statistics`), and
-            `weight_decay`, `clipnorm`, `clipvalue` and `global_clipnorm`.
+        **settings: Arguments of `keras_natgrad.KFAC` except `refresh_where` and
+            `log_statistics`, and `weight_decay`, `clipnorm`, `clipvalue` and
+            `global_clipnorm`.
 
     Raises:
         ValueError: If an argument is unknown or out of range.
@@ -112,23 +112,23 @@ class KFAC(tf_keras.optimizers.Optimizer):
     ) -> KFAC:
         """Attaches the optimizer to the model that it trains.
 
-        The model gets an instance `call`, which records the layers when it
-        trains; class, layers and saved file stay as they are. Attaching again
-        is harmless, and necessary after a model has been loaded.
+        The model gets an instance `call` that records the layers during
+        training; its class, layers and saved file do not change. Attaching
+        again is harmless, and necessary after a model has been loaded.
 
         Args:
             model: A `tf_keras.Model`, built or not.
-            head: A `keras_natgrad.heads.Head`, or a list or dictionary of
-                heads like the outputs, where the loss is the mean of its
-                negative log-likelihood. By default that of the compiled loss.
-            exclude: Layers that are not to be captured, as for
+            head: A `keras_natgrad.heads.Head`, or a list or dictionary of heads
+                like the outputs; the loss is then the mean of its negative
+                log-likelihood. Defaults to the head of the compiled loss.
+            exclude: Layers that are not captured, as in
                 `keras_natgrad.KFAC.attach`.
 
         Returns:
             The optimizer itself.
 
         Raises:
-            ValueError: If `model` is no tf_keras model, or not the one that
+            ValueError: If `model` is not a tf_keras model, or not the one that
                 the state was built for.
         """
         if not isinstance(model, tf_keras.Model):
@@ -181,7 +181,7 @@ class KFAC(tf_keras.optimizers.Optimizer):
     def compute_gradients(
         self, loss: Any, var_list: Any, tape: Any = None
     ) -> list[tuple[Any, Any]]:
-        """Returns the gradients as tf_keras does; notes the loss."""
+        """Returns the gradients as tf_keras does, and keeps the loss."""
         if callable(loss):
             raise ValueError(
                 "`minimize` needs the loss as a tensor, with its tape. "
@@ -192,7 +192,7 @@ class KFAC(tf_keras.optimizers.Optimizer):
 
     @override
     def update_step(self, gradient: Any, variable: Any) -> None:
-        """Is not used: all variables are updated at once."""
+        """Not used: all variables are updated at once."""
         raise NotImplementedError
 
     @override
@@ -203,7 +203,7 @@ class KFAC(tf_keras.optimizers.Optimizer):
 
         Args:
             grads_and_vars: Pairs of gradient (or `None`) and variable.
-            name: Ignored, as are further arguments.
+            name: Ignored.
             **kwargs: Ignored.
 
         Returns:
@@ -216,7 +216,7 @@ class KFAC(tf_keras.optimizers.Optimizer):
         replicas.refuse_replicas(
             "KFAC for tf_keras",
             "gradients",
-            "the parts of a batch are not put together",
+            "the parts of a batch are not combined",
             "Use keras_natgrad.KFAC with a Keras 3 model.",
         )
         if not self.adopted.is_attached:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "natural_gradient_checks.md").read_text("utf-8")
 VERDICTS = ("holds", "fails", "printed beside", "found again")
 

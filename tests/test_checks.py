@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_natgrad as kng
-from keras_natgrad.step.checks import (
+from keras_natgrad.checks import (
     check_fraction,
     check_integer,
     check_period,

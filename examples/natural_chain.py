@@ -1,4 +1,9 @@
-r"""The natural chain rule: requested output changes, sent back op by op.
+r"""Title: The natural chain rule, with requests sent back op by op.
+
+Author: keras_natgrad authors
+Description: Requested changes of the outputs of a small network are sent back
+    to its weights op by op, and compared with the Moore-Penrose solution.
+Accelerator: None
 
 For an operation `y = f(x)` with the Jacobian `J = ∂y/∂x`, the ordinary chain
 rule sends a gradient back, `g_x = Jᵀ g_y`. The *natural chain rule* sends back
@@ -32,6 +37,7 @@ References:
 
 from __future__ import annotations
 
+import argparse
 import math
 from typing import Any, NamedTuple
 
@@ -42,13 +48,13 @@ import tensorflow as tf
 def right_inverse(
     jacobian: Any, increment: Any, damping: float = 0.0
 ) -> tf.Tensor:
-    r"""Returns the change of an operation's operands that its output asks for.
+    r"""Returns the change of the operands that makes a change of the output.
 
         n_x = Jᵀ (J Jᵀ + λI)⁻¹ n_y
 
     Without damping it is the Moore–Penrose solution `J⁺ n_y`, the limit of
-    λ → 0: the smallest change that makes `n_y`, and where no change does, that
-    of the least squared error.
+    λ → 0: the smallest change that makes `n_y`, and if no change does, the
+    one with the least squared error.
 
     Cost: `m n min(m, n)` for m outputs, n operands, by a singular value
     decomposition: `J Jᵀ` would lose directions whose singular value is below
@@ -57,7 +63,7 @@ def right_inverse(
 
     Args:
         jacobian: Tensor `[..., m, n]`, float32 or float64. Leading axes are
-            independent operations, each with operands of its own.
+            independent operations, each with its own operands.
         increment: Tensor `[..., m]`, the requested change of the output.
         damping: λ, a non-negative number.
 
@@ -71,8 +77,7 @@ def right_inverse(
 
     For y = (x, x), one operand with two requests gets their mean:
 
-    >>> chain = keras_natgrad.natural_chain
-    >>> float(chain.right_inverse([[1.0], [1.0]], [2.0, 4.0]).numpy()[0])
+    >>> round(float(right_inverse([[1.0], [1.0]], [2.0, 4.0])[0]), 5)
     3.0
     """
     _check_damping(damping)
@@ -111,7 +116,7 @@ def product(
 
         n_a = b n_c / (a² + b² + λ),    n_b = a n_c / (a² + b² + λ)
 
-    Where both factors are zero no change is reachable, and it is zero.
+    If both factors are zero, no change is possible and the result is zero.
 
     Args:
         a: Tensor, float32 or float64.
@@ -128,7 +133,7 @@ def product(
 
     Example:
 
-    >>> a, b = keras_natgrad.natural_chain.product(3.0, 4.0, 25.0)
+    >>> a, b = product(3.0, 4.0, 25.0)
     >>> float(a), float(b)
     (4.0, 3.0)
     """
@@ -143,12 +148,12 @@ def product(
 def elementwise(
     derivative: Any, increment: Any, damping: float = 0.0
 ) -> tf.Tensor:
-    r"""Returns the change of z that asks for a change of `h = f(z)`.
+    r"""Returns the change of z that makes a change of `h = f(z)`.
 
         n_z = f′(z) n_h / (f′(z)² + λ)
 
-    Where the slope is zero (a ReLU that is off) nothing is reachable, and the
-    change is zero; near a slope of zero it grows like 1/f′ unless damped.
+    If the slope is zero (a ReLU that is off), no change is possible and the
+    result is zero. Near a slope of zero it grows like 1/f′ unless damped.
 
     Args:
         derivative: Tensor f′(z), float32 or float64.
@@ -163,8 +168,7 @@ def elementwise(
 
     Example:
 
-    >>> chain = keras_natgrad.natural_chain
-    >>> chain.elementwise([0.5, 0.0], [1.0, 1.0]).numpy().tolist()
+    >>> elementwise([0.5, 0.0], [1.0, 1.0]).numpy().tolist()
     [2.0, 0.0]
     """
     _check_damping(damping)
@@ -201,7 +205,7 @@ class DenseIncrement(NamedTuple):
     Attributes:
         kernel: Tensor `[n, m]`, the change of W.
         bias: Tensor `[m]`, the change of b, or `None`.
-        inputs: Tensor `[N, n]`, the change that is asked of H, or `None`.
+        inputs: Tensor `[N, n]`, the requested change of H, or `None`.
     """
 
     kernel: tf.Tensor
@@ -241,8 +245,8 @@ def dense(
 
     Args:
         inputs: Tensor H, `[N, n]`, float32 or float64.
-        kernel: Tensor W, `[n, m]`; `None` where the inputs are data and stay,
-            as in a first layer: then `(H̄ H̄ᵀ + λI) S = n_Z`.
+        kernel: Tensor W, `[n, m]`; `None` if the inputs are data and cannot
+            change, as in a first layer. Then `(H̄ H̄ᵀ + λI) S = n_Z`.
         increment: Tensor `[N, m]`, the requested change of Z.
         use_bias: Whether the layer has a bias b.
         damping: λ, a non-negative number.
@@ -252,14 +256,6 @@ def dense(
 
     Raises:
         ValueError: If shapes, dtype or damping do not fit.
-
-    Example:
-
-    ```python
-    chain = keras_natgrad.natural_chain
-    change = chain.dense(h, layer.kernel, n_z)
-    n_z_before = chain.elementwise(slope, change.inputs)
-    ```
     """
     _check_damping(damping)
     inputs = _floating("inputs", inputs)
@@ -381,3 +377,66 @@ def _check_dense(
             f"kernel.shape={None if kernel is None else kernel.shape}, "
             f"increment.shape={increment.shape}"
         )
+
+
+def backward(
+    kernels: list[tf.Tensor], inputs: tf.Tensor, request: tf.Tensor
+) -> list[tf.Tensor]:
+    """Returns the changes of the kernels of a tanh network, op by op.
+
+    Args:
+        kernels: One matrix per layer; the last layer is linear.
+        inputs: Tensor `[N, n]`.
+        request: Tensor `[N, m]`, the requested change of the outputs.
+    """
+    hidden = [inputs]
+    for kernel in kernels[:-1]:
+        hidden.append(tf.tanh(hidden[-1] @ kernel))
+    changes = []
+    for index in reversed(range(len(kernels))):
+        kernel = kernels[index] if index else None
+        change = dense(hidden[index], kernel, request, use_bias=False)
+        changes.append(change.kernel)
+        if index:
+            request = elementwise(1 - hidden[index] ** 2, change.inputs)
+    return changes[::-1]
+
+
+def network_jacobian(kernels: list[tf.Tensor], inputs: tf.Tensor) -> tf.Tensor:
+    """Returns the derivative of all outputs in all weights, `[N m, P]`."""
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(kernels)
+        outputs = inputs
+        for kernel in kernels[:-1]:
+            outputs = tf.tanh(outputs @ kernel)
+        outputs = tf.reshape(outputs @ kernels[-1], [-1])
+    parts = tape.jacobian(outputs, kernels)
+    return tf.concat([tf.reshape(p, [len(outputs), -1]) for p in parts], 1)
+
+
+def main(examples: int, seed: int) -> tuple[float, float, float]:
+    """Prints the error of the change made, and the lengths of both steps."""
+    rng = np.random.default_rng(seed)
+    kernels = [
+        tf.constant(rng.normal(size=pair) / np.sqrt(pair[0]))
+        for pair in ((6, 5), (5, 3))
+    ]
+    inputs = tf.constant(rng.normal(size=(examples, 6)))
+    request = tf.constant(rng.normal(size=(examples, 3)))
+    changes = backward(kernels, inputs, request)
+    step = tf.concat([tf.reshape(part, [-1]) for part in changes], 0)
+    jacobian = network_jacobian(kernels, inputs)
+    asked = tf.reshape(request, [-1])
+    error = tf.norm(tf.linalg.matvec(jacobian, step) - asked)
+    shortest = tf.norm(right_inverse(jacobian, asked))
+    print(f"Error of the change made: {error:.1e}")
+    print(f"Length, op by op: {tf.norm(step):.4f}")
+    print(f"Length of the shortest step: {shortest:.4f}")
+    return float(error), float(tf.norm(step)), float(shortest)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--examples", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    main(**vars(parser.parse_args()))

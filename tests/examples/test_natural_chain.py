@@ -1,10 +1,12 @@
 """The natural chain rule: what it guarantees, and where it breaks."""
 
+import doctest
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_natgrad import natural_chain
+from examples import natural_chain
 
 EXACT = dict(rtol=0, atol=1e-12)
 
@@ -446,3 +448,18 @@ BAD = {
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_example_prints_what_it_finds(capsys):
+    error, length, shortest = natural_chain.main(examples=4, seed=0)
+    assert error < 1e-12 and length > 1.01 * shortest
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [
+        f"Length, op by op: {length:.4f}",
+        f"Length of the shortest step: {shortest:.4f}",
+    ]
+
+
+def test_docstrings():
+    found = doctest.testmod(natural_chain)
+    assert found.attempted and not found.failed
