@@ -93,7 +93,7 @@ PAGES = {
 DOCSTRINGS = {
     "callbacks.monitor.CurvatureMonitor": (setup.compiled, setup.trained),
     "callbacks.nan_policy.RaiseDamping": (setup.regression, setup.trained),
-    "optimizers.adaptive.AdaptiveOptimizer.raise_damping": (
+    "optimizers.base.CurvatureOptimizer.raise_damping": (
         setup.built,
         setup.raised,
     ),

@@ -24,7 +24,7 @@ class RefreshTimer:
     """
 
     def __init__(self, model: keras.Model, optimizer: Any) -> None:
-        if not hasattr(optimizer, "refresh_inverses"):
+        if not optimizer.engine.direction.has_inverses:
             raise ValueError(
                 "`measure_refresh` needs an optimizer that keeps inverses, "
                 "such as keras_natgrad.KFAC. "

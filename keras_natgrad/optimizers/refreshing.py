@@ -163,3 +163,6 @@ class NoRefreshing(Refreshing):
 
     def after_step(self, stale: tf.Tensor) -> None:
         """Does nothing."""
+
+    def now(self) -> None:
+        """Does nothing."""

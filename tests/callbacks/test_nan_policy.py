@@ -77,7 +77,7 @@ def test_goes_back_to_the_last_good_copy(damping):
         for name, factor in (
             ("damping", 10.0),
             ("damping_scale", 10.0),
-            ("refresh_at", 0.0),
+            ("inverses_valid", 0.0),
         )
     }
     for index, (after, before) in enumerate(zip(found, expected, strict=True)):
