@@ -62,7 +62,7 @@ def peak(batch: int, outputs: int, width: int) -> dict[str, Any]:
         if repeat >= 2:
             found.append(resident("VmHWM") - before)
     size = case.model.count_params()
-    solver = case.model.optimizer.solver
+    solver = case.model.optimizer.chosen_solver
     return {
         "parameters": size,
         "columns": case.columns,
