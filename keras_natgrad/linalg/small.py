@@ -44,6 +44,7 @@ def append_row(matrix: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
         matrix: Tensor `[..., n, m]`.
         row: Tensor `[..., 1, m]`.
     """
+    matrix = tf.convert_to_tensor(matrix)
     count = matrix.shape.num_elements()
     medium = count is not None and _FEW <= count <= _MANY
     if matrix.shape.rank != 2 or not medium or _has_accelerator():

@@ -96,7 +96,8 @@ def test_summary_of_fallbacks():
 
 
 def test_summary_prints(capsys):
-    optimizer = kng.KFAC().attach(mlp())
+    model = mlp()
+    optimizer = kng.KFAC().attach(model)
     optimizer.summary()
     assert "Curvature blocks" in capsys.readouterr().out
 
