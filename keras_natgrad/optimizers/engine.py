@@ -123,7 +123,12 @@ class Engine:
                 self.direction.parts if self.rule.needs.parts else 1,
                 factory,
             )
-        self.guard = None if not self.updates else self.damping.guard
+        # Steps that are judged on their own batch need no other judge, and
+        # without the last step there is nothing to take back.
+        rejects = self.parts.rejection is not None
+        self.guard = self.damping.guard
+        if rejects or not self.updates:
+            self.guard = None
         if self.guard is not None:
             self.losses = self.guard.build(factory.add)
         self.refreshing.build(self)
@@ -184,15 +189,7 @@ class Engine:
         # One batch that is not finite has bad data; a second one in a row
         # says that the weights are bad.
         again = ~observation.is_finite & self.state.skipped_last()
-        surged = tf.cond(
-            surge | again, self._has_moved, lambda: tf.constant(False)
-        )
-        return Verdict(observation, surged)
-
-    def _has_moved(self) -> tf.Tensor:
-        """Returns whether there is a last step that could be taken back."""
-        steps = [tf.convert_to_tensor(each) for each in self.updates]
-        return tf.reduce_any([tf.reduce_any(step != 0) for step in steps])
+        return Verdict(observation, (surge | again) & self.state.has_moved())
 
     def observe(self, verdict: Verdict) -> Verdict:
         """Lets the batch's statistics enter the curvature.
@@ -259,6 +256,7 @@ class Engine:
         )
         if self.guard is not None:
             self.guard.accept(self.losses, observation.loss)
+            self.state.note_move(coefficients)
         kept = self.rule.spring + self.direction.spring
         self.state.note(
             learning_rate=tf.where(finite, decision.learning_rate, 0.0),
@@ -406,6 +404,7 @@ class Engine:
                 step = tf.convert_to_tensor(update)
                 variable.value.assign_sub(tf.cast(step, variable.dtype))
                 update.assign(tf.zeros_like(step))
+            self.state.note_return()
             surges = self.state.add_surge()
             damping = self.state.damping.value
             self.state.damping.assign(guard.raised(damping, surges))

@@ -147,9 +147,15 @@ def observe_network(
 def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
     """Returns whether all gradients are finite; `None` counts as such."""
     sums: dict[tf.DType, list[tf.Tensor]] = {}
+    axes: dict[Any, tf.Tensor] = {}
     for gradient in gradients:
         if gradient is not None:
-            total = tf.reduce_sum(_values(gradient))
+            values = tf.convert_to_tensor(_values(gradient))
+            rank = values.shape.rank
+            if rank is not None and rank not in axes:
+                # One constant serves many variables.
+                axes[rank] = tf.constant([*range(rank)], tf.int32)
+            total = tf.reduce_sum(values, axis=axes.get(rank))
             sums.setdefault(total.dtype, []).append(total)
     finite = tf.constant(True)
     for totals in sums.values():

@@ -69,6 +69,8 @@ class StepState:
         self._inverses_valid = factory.add_integer("inverses_valid", ())
         # Whether the last batch was skipped.
         self._skipped_last = factory.add_integer("skipped_last", ())
+        # Whether there is a last step that could be taken back.
+        self._moved = factory.add_integer("moved", ())
         # Steps taken back without one in between that held.
         self._surges = factory.add_integer("surges", ())
 
@@ -79,6 +81,28 @@ class StepState:
     def mark_inverses(self, stale: bool) -> None:
         """Says whether the inverses must be renewed before the next use."""
         self._inverses_valid.assign(int(not stale))
+
+    def has_moved(self) -> tf.Tensor:
+        """Returns whether there is a last step that could be taken back."""
+        return tf.equal(self._moved.value, 1)
+
+    def note_move(self, coefficients: tf.Tensor) -> None:
+        """Notes a step, unless it is zero because of its coefficients.
+
+        Args:
+            coefficients: The learning rates, then the momentum.
+        """
+        steps = tf.cast(tf.not_equal(coefficients, 0), tf.int32)
+        # Momentum continues a step only if there was one.
+        rates, momentum = tf.split(steps, [int(steps.shape[0]) - 1, 1])
+        moved = tf.maximum(
+            tf.reduce_max(rates), momentum[0] * self._moved.value
+        )
+        self._moved.assign(moved)
+
+    def note_return(self) -> None:
+        """Notes that the last step was taken back."""
+        self._moved.assign(0)
 
     def skipped_last(self) -> tf.Tensor:
         """Returns whether no step was made on the last batch."""
