@@ -182,7 +182,9 @@ def test_a_loss_that_surges_is_taken_back_by_both(mirrored_strategy):
         before = model.evaluate(x, y, verbose=0)
         # As a step that went far astray leaves them.
         for variable, velocity in zip(
-            model.trainable_variables, model.optimizer.engine.updates, strict=True
+            model.trainable_variables,
+            model.optimizer.engine.updates,
+            strict=True,
         ):
             step = tf.fill(variable.shape, 5.0)
             velocity.assign(step)

@@ -249,8 +249,14 @@ def test_head_survives_saving(name):
         ),
         (lambda: heads.Dirichlet().validate((None, 1)), "at least two"),
         (lambda: heads.Dirichlet("sigmoid"), "`concentration` must be"),
-        (lambda: heads.Multinomial(0), "`total_count` must be an integer of at least 1"),
-        (lambda: heads.DirichletMultinomial(0), "`total_count` must be an integer of at least 1"),
+        (
+            lambda: heads.Multinomial(0),
+            "`total_count` must be an integer of at least 1",
+        ),
+        (
+            lambda: heads.DirichletMultinomial(0),
+            "`total_count` must be an integer of at least 1",
+        ),
         (lambda: heads.DirichletMultinomial(2.5), "`total_count` must be an"),
         (
             lambda: heads.DirichletMultinomial(3).validate((None, 1)),

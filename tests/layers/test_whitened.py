@@ -264,7 +264,9 @@ def test_other_layers_are_named():
     )
     with pytest.raises(ValueError, match="'recurrent' of type LSTM"):
         kng.layers.whitened(model, ["recurrent"])
-    with pytest.raises(ValueError, match="only replace keras.layers.Dense.*'recurrent'"):
+    with pytest.raises(
+        ValueError, match="only replace keras.layers.Dense.*'recurrent'"
+    ):
         WhitenedDense.from_plain(model.layers[0])
     with pytest.raises(ValueError, match="no layers of these names.*'no'"):
         kng.layers.whitened(model, ["no"])
