@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_natgrad._compat import flatten_layers
+from keras_natgrad.capture.autograph import converted
 from keras_natgrad.capture.half_precision import refine_gradients
 from keras_natgrad.capture.receiver import CurvatureReceiver
 from keras_natgrad.capture.replaced_call import replace_call, restore_call
@@ -60,7 +61,8 @@ class CurvatureTape:
                 f"keras_natgrad.KFAC(). Received: optimizer={optimizer!r}"
             )
         self.optimizer = optimizer
-        self.objective = objective
+        # AutoGraph need not convert this package, but what it is given.
+        self.objective = None if objective is None else converted(objective)
         self.gradient_tape = tf.GradientTape(persistent=True)
         self.model_outputs: Any = None
         self.terms: Sequence[Any] | None = None
@@ -102,6 +104,7 @@ class CurvatureTape:
         """
         self.terms = list(terms)
 
+    @tf.autograph.experimental.do_not_convert
     def gradient(self, loss: tf.Tensor, sources: Sequence[Any]) -> list[Any]:
         """Returns the gradient; hands the curvature to the optimizer.
 

@@ -277,6 +277,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         """Whether the step may evaluate the loss again."""
         return self.engine.needs_objective
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Updates the variables by their gradients, as in Keras.
 

@@ -166,3 +166,33 @@ def test_predicting_inside_the_tape_leaves_no_trace_in_numbers():
         loss = cross_entropy()(y, model(x, training=True))
     assert tape.model_outputs.shape == (24, 3)
     assert np.isfinite(loss)
+
+
+def test_autograph_converts_the_objective_and_not_the_package():
+    """Python's `if` on tensors works in an objective, in a graph too."""
+    x, y = data()
+    model = mlp()
+    optimizer = kng.KFAC().attach(model, head=kng.heads.Categorical())
+    loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    seen = []
+
+    @tf.function
+    def step(x, y):
+        def objective():
+            seen.append(True)
+            loss = loss_fn(y, model(x, training=True))
+            if loss > 1e6:
+                loss = 0.5 * loss
+            return loss
+
+        with kng.CurvatureTape(optimizer, objective) as tape:
+            loss = objective()
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+        return loss
+
+    losses = [float(step(tf.constant(x), tf.constant(y))) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    # The call inside the tape, and the one for judging steps.
+    assert len(seen) == 2 * step.experimental_get_tracing_count()
+    assert optimizer.statistics["reduction_ratio"] != 0
