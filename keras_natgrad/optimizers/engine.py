@@ -143,8 +143,7 @@ class Engine:
     def needs_model(self) -> bool:
         """Whether anything asks for the quadratic model."""
         bounded = self.parts.norm_constraint is not None
-        adapts = self.needs_objective
-        return self.rule.needs.model or adapts or bounded
+        return self.rule.needs.model or self.needs_objective or bounded
 
     def check_replicas(self, name: str) -> None:
         """Raises ValueError for what several replicas cannot do.
